@@ -1,0 +1,66 @@
+"""placer decides where the experts of a Mixture-of-Experts model live.
+
+``Trace -> Problem -> solve -> Placement -> evaluate -> Report``; see the README for ten lines that do it all.
+Names are resolved on first use, so that ``import placer`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np  # noqa: F401 - the one import everybody needs
+
+if TYPE_CHECKING:
+    from placer.comparison import compare as compare
+    from placer.errors import PlacerError as PlacerError
+    from placer.evaluation import evaluate as evaluate
+    from placer.model import Model as Model
+    from placer.placement import Placement as Placement
+    from placer.problem import Problem as Problem
+    from placer.report import Report as Report
+    from placer.solution import Budget as Budget
+    from placer.solution import Result as Result
+    from placer.solution import solve as solve
+    from placer.synthetic import synth as synth
+    from placer.topology import Level as Level
+    from placer.topology import Topology as Topology
+    from placer.trace import Trace as Trace
+    from placer.traffic import Routes as Routes
+    from placer.traffic import Traffic as Traffic
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Budget": "solution",
+    "Level": "topology",
+    "Model": "model",
+    "Placement": "placement",
+    "PlacerError": "errors",
+    "Problem": "problem",
+    "Report": "report",
+    "Result": "solution",
+    "Routes": "traffic",
+    "Topology": "topology",
+    "Trace": "trace",
+    "Traffic": "traffic",
+    "compare": "comparison",
+    "evaluate": "evaluation",
+    "solve": "solution",
+    "synth": "synthetic",
+}
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

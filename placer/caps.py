@@ -1,0 +1,88 @@
+"""Load caps that can be met, and the margin that makes them hold on unseen tokens."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.layer import Layer, Occupant
+
+
+def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
+    """Cap of every level: ``max(factor * mean, load of the reference arrangement)``.
+
+    The reference meets all levels together, so the caps are jointly feasible.
+
+    Parameters
+    ----------
+    layer : Layer
+    factor : float or None
+        Load over mean that is allowed; None for no cap.
+
+    Returns
+    -------
+    (num_levels,) float64, tokens; inf where there is no cap.
+    """
+    limits = np.full(len(layer.unit_slots), math.inf)
+    if factor is None:
+        return limits
+    total = float(layer.load.sum())
+    for level, slots in enumerate(layer.unit_slots):
+        if slots < layer.num_slots:
+            mean = total * slots / layer.num_slots
+            limits[level] = max(factor * mean, float(layer.unit_load(layer.reference, slots).max()))
+    return limits
+
+
+def raised(layer: Layer, names: tuple[str, ...]) -> list[dict[str, float | int | str]]:
+    """The caps that had to be raised above ``max_load`` because even load-only packing exceeds it.
+
+    Returns
+    -------
+    One ``{"layer", "level", "asked", "cap"}`` per raised cap, both as load over mean.
+    """
+    if layer.max_load is None or layer.load.sum() == 0:
+        return []
+    rows: list[dict[str, float | int | str]] = []
+    for level, (slots, cap) in enumerate(zip(layer.unit_slots, caps(layer, layer.max_load), strict=True)):
+        mean = float(layer.load.sum()) * slots / layer.num_slots
+        if math.isfinite(cap) and cap > layer.max_load * mean * (1 + 1e-12):
+            rows.append(
+                {"layer": layer.index, "level": names[level], "asked": layer.max_load, "cap": float(cap / mean)}
+            )
+    return rows
+
+
+def margin(layer: Layer) -> float:
+    """How far a cap is overshot on unseen tokens, estimated by cross-fitting two halves by sequence.
+
+    A placement is fitted to one half under the cap ``max_load`` by tabu search on pairs and its busiest
+    unit is measured on the other half, and the other way round. Sampling noise enters twice, once from
+    fitting and once from scoring, each with variance 1/tokens; fitting on all tokens halves both, hence the
+    factor sqrt(1/2).
+    """
+    if layer.max_load is None or layer.topk is None or layer.key is None:
+        return 0.0
+    if len(layer.levels) == 0 or len(np.unique(layer.key)) < 2:
+        return 0.0
+    halves = layer.split()
+    over = [_overshoot(fit, unseen) for fit, unseen in (halves, halves[::-1])]
+    return max(0.0, float(np.mean(over)) * math.sqrt(0.5))
+
+
+def _overshoot(fit: Layer, unseen: Layer) -> float:
+    """Mean over the swappable levels of the excess of unseen max/mean over the cap that was set."""
+    from placer.search import descend
+
+    occupant: Occupant = descend(fit, fit.reference, exact=False)
+    over = []
+    for level in fit.levels:
+        slots = fit.unit_slots[level]
+        mean = float(fit.load.sum()) * slots / fit.num_slots
+        seen = max(float(fit.caps[level]) / mean, 1.0) if mean else 1.0
+        heat = unseen.unit_load(occupant, slots)
+        if heat.sum() > 0:
+            over.append(float(heat.max() / heat.mean()) - seen)
+    return float(np.mean(over)) if over else 0.0

@@ -1,0 +1,226 @@
+"""evaluate: the only judge of quality. A placement and a trace give a `Report`."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.alltoall import scheme
+from placer.errors import Infeasible, InvalidInput
+from placer.incidence import incidence
+from placer.model import ASSUMED, Model
+from placer.placement import REPLICA_CHOICES, Placement, format_shape
+from placer.problem import DEFAULT_RESERVE
+from placer.report import Report
+from placer.timing import GEMM_EFFICIENCY, compute_seconds, phase_seconds
+from placer.topology import REPORTED, Topology
+from placer.trace import Trace
+
+#: Tokens of one step on each GPU: the batch of DeepEP's published prefill measurements.
+TOKENS_PER_GPU = 4096
+
+
+def evaluate(
+    placement: Placement,
+    trace: Trace,
+    topology: Topology,
+    *,
+    model: Model | None = None,
+    alltoall: str = "hierarchical",
+    replica_choice: str | None = None,
+    gpu_memory: float | None = None,
+    reserve: float = DEFAULT_RESERVE,
+    expert_dtype: str | None = None,
+    tokens_per_gpu: int = TOKENS_PER_GPU,
+) -> Report:
+    """Price a placement on a trace.
+
+    Parameters
+    ----------
+    placement : Placement
+    trace : Trace
+        With the layers of the placement.
+    topology : Topology
+        Given the placement's shape; of its own shape when the two agree.
+    model : Model, optional
+        Sizes; by default the one the trace names.
+    alltoall : {"hierarchical", "naive"}
+        Which vectors cross which links.
+    replica_choice : str, optional
+        Dispatch rule; by default the one the placement was made for.
+    gpu_memory, reserve : float
+        Bytes of a GPU (the topology's by default), and bytes of it that experts may not use.
+    expert_dtype : str, optional
+        Storage of expert weights; by default the model's own.
+    tokens_per_gpu : int
+        Tokens of one step on each GPU, for the seconds.
+
+    Returns
+    -------
+    Report
+
+    Raises
+    ------
+    InvalidInput
+        When placement, trace and topology do not belong together.
+    Infeasible
+        When the experts do not fit into a GPU's memory.
+
+    Examples
+    --------
+    >>> from placer import Placement, Topology, Trace
+    >>> trace = Trace(topk_idx=np.array([[[0, 1]], [[2, 3]]]), num_experts=4)
+    >>> pairs_together = Placement(physical_to_logical=np.array([[0, 1, 2, 3]]), num_experts=4, shape=(1, 2, 1))
+    >>> evaluate(pairs_together, trace, Topology.load("dgx-h100").with_shape("1x2x1")).touched["server"]
+    1.0
+    """
+    _check(placement, trace, topology)
+    sized = model or Model.for_trace_name(trace.model, trace.num_experts)
+    rule = replica_choice or placement.rule
+    if rule not in REPLICA_CHOICES:
+        raise InvalidInput(f"replica choice: found {rule!r}, expected one of {', '.join(REPLICA_CHOICES)}")
+    enter = scheme(alltoall)
+    memory = _memory(placement, topology, sized, gpu_memory, reserve, expert_dtype)
+
+    levels = [topology.index(name) for name in REPORTED]
+    units = [topology.num_units[level] for level in levels]
+    size = sized.dispatch_bytes + sized.combine_bytes
+    per_token = np.zeros((4, trace.num_layers, len(REPORTED)))  # touched, remote, bytes, load max/mean
+    phases: dict[str, float] = dict.fromkeys(("dispatch", "combine", "compute"), 0.0)
+    batch = tokens_per_gpu * placement.num_ranks / trace.num_tokens
+    busiest = np.zeros(len(topology.levels))
+    for layer in range(trace.num_layers):
+        topk = np.ascontiguousarray(trace.topk_idx[:, layer], dtype=np.int32)
+        counts = incidence(
+            placement.physical_to_logical[layer],
+            topk,
+            num_experts=placement.num_experts,
+            num_ranks=placement.num_ranks,
+            unit_ranks=topology.unit_sizes,
+            server_ranks=topology.unit_sizes[topology.index("server")],
+            rule=rule,
+            table=None if placement.table is None else placement.table[layer],
+        )
+        entering = enter(counts, topology)
+        for column, (level, number) in enumerate(zip(levels, units, strict=True)):
+            load = counts.load[level, :number]
+            per_token[:, layer, column] = (
+                counts.touched[level].sum() / trace.num_tokens,
+                counts.remote[level].sum() / trace.num_tokens,
+                entering[level].sum() * size / trace.num_tokens,
+                load.max() / load.mean() if load.any() else 1.0,
+            )
+        phases["dispatch"] += phase_seconds(entering * batch, sized.dispatch_bytes, topology)
+        phases["combine"] += phase_seconds(entering * batch, sized.combine_bytes, topology)
+        held = (placement.physical_to_logical[layer].reshape(placement.num_ranks, -1) >= 0).sum(axis=1)
+        phases["compute"] += compute_seconds(counts.load[0] * batch, held, topology, sized)
+        busiest += _link_seconds(entering * batch, size, topology)
+    touched, remote, volume, heat = per_token
+    return Report(
+        tokens=trace.num_tokens,
+        layers=trace.num_layers,
+        alltoall=alltoall,
+        replica_choice=rule,
+        touched=_named(touched.mean(axis=0)),
+        remote=_named(remote.mean(axis=0)),
+        bytes_per_token=_named(volume.sum(axis=0)),
+        load={
+            name: {"max_over_mean": float(heat[:, i].mean()), "worst_layer": float(heat[:, i].max())}
+            for i, name in enumerate(REPORTED)
+        },
+        seconds={**phases, "step": sum(phases.values())},
+        bottleneck=_bottleneck(busiest, phases["compute"], topology),
+        memory=memory,
+        assumptions=_assumptions(sized, alltoall, tokens_per_gpu, placement),
+        per_layer={
+            "layer_ids": list(trace.layer_ids),
+            "touched": {name: touched[:, i].tolist() for i, name in enumerate(REPORTED)},
+            "remote": {name: remote[:, i].tolist() for i, name in enumerate(REPORTED)},
+            "load": {name: heat[:, i].tolist() for i, name in enumerate(REPORTED)},
+        },
+    )
+
+
+def _check(placement: Placement, trace: Trace, topology: Topology) -> None:
+    if placement.shape != topology.shape:
+        raise InvalidInput(
+            f"shape: the placement is for {format_shape(placement.shape)}, "
+            f"found {format_shape(topology.shape)} in {topology.name}"
+        )
+    if placement.num_experts != trace.num_experts:
+        raise InvalidInput(
+            f"experts: the placement has {placement.num_experts}, the trace {trace.name} has {trace.num_experts}"
+        )
+    if placement.layer_ids != trace.layer_ids:
+        raise InvalidInput(
+            f"layers: the placement has {_ids(placement.layer_ids)}, the trace {trace.name} has {_ids(trace.layer_ids)}"
+        )
+
+
+def _ids(ids: tuple[int, ...]) -> str:
+    return f"{len(ids)} layers {ids[0]}..{ids[-1]}"
+
+
+def _memory(
+    placement: Placement,
+    topology: Topology,
+    model: Model,
+    gpu_memory: float | None,
+    reserve: float,
+    expert_dtype: str | None,
+) -> dict[str, float | None]:
+    capacity = topology.gpu_memory if gpu_memory is None else gpu_memory
+    size = model.expert_bytes(expert_dtype)
+    worst = None
+    if size is not None:
+        held = (placement.physical_to_logical >= 0).reshape(placement.num_layers, placement.num_ranks, -1)
+        slots = held.sum(axis=(0, 2))
+        rank = int(slots.argmax())
+        worst = float(slots[rank] * size)
+        if worst + reserve > capacity:
+            raise Infeasible(
+                f"memory: GPU {rank} needs {(worst + reserve) / 1e9:.1f} GB ({slots[rank]} experts x "
+                f"{size / 1e6:.1f} MB + {reserve / 1e9:.1f} GB reserve), it has {capacity / 1e9:.1f} GB"
+            )
+    return {"worst_gpu_bytes": worst, "capacity_bytes": capacity, "reserve_bytes": reserve}
+
+
+def _link_seconds(entering: npt.NDArray[np.float64], size: float, topology: Topology) -> npt.NDArray[np.float64]:
+    """Seconds of the busiest link of each level."""
+    rate = np.array(
+        [unit * level.effective_bandwidth for level, unit in zip(topology.levels, topology.unit_sizes, strict=True)]
+    )
+    seconds: npt.NDArray[np.float64] = entering.max(axis=1) * size / rate
+    return seconds
+
+
+def _bottleneck(busiest: npt.NDArray[np.float64], compute: float, topology: Topology) -> str:
+    level = int(busiest.argmax())
+    if compute >= busiest[level]:
+        return "compute" if compute > 0 else "none"
+    return f"{topology.levels[level].name} links"
+
+
+def _assumptions(model: Model, alltoall: str, tokens_per_gpu: int, placement: Placement) -> tuple[str, ...]:
+    said = [
+        "homes are uniform over all GPUs",
+        f"seconds are for one step of {tokens_per_gpu} tokens on each GPU: per phase the busiest link's bytes "
+        f"over its effective bandwidth, plus latency; no overlap; expert GEMMs at {GEMM_EFFICIENCY:.0%} of BF16 peak",
+    ]
+    if alltoall == "hierarchical":
+        said.append("a vector crosses an uplink once per remote rack and a NIC once per remote server")
+    if model is ASSUMED:
+        said.append(
+            f"model unknown: hidden size {model.hidden_size}, BF16; expert size unknown, "
+            "so memory is not checked and compute is 0"
+        )
+    else:
+        said.append(f"model {model.name}: hidden size {model.hidden_size}, {model.dispatch_dtype} dispatch, "
+                    f"{model.combine_dtype} combine")
+    if placement.has_copies:
+        said.append("each copy is picked independently of a token's other experts")
+    return tuple(said)
+
+
+def _named(values: npt.NDArray[np.float64]) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(REPORTED, values, strict=True)}

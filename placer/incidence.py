@@ -1,0 +1,148 @@
+"""Incidence: how often tokens touch each GPU, server and rack under a placement and a dispatch rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import InvalidInput
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Incidence:
+    """Counts of one layer, in tokens; homes are uniform over all ranks and averaged exactly.
+
+    Arrays are (num_levels, num_ranks), units beyond a level's last are zero. Levels run inside out.
+
+    Parameters
+    ----------
+    touched : tokens that reach a unit for at least one of their experts
+    remote : those of them whose home lies outside the unit
+    load : expert choices served in the unit
+    remote_load : those of them whose token's home lies outside the unit
+    foreign_load : (num_ranks,) choices served on a GPU for tokens at home on another server
+    """
+
+    touched: Floats
+    remote: Floats
+    load: Floats
+    remote_load: Floats
+    foreign_load: Floats
+
+
+def incidence(
+    slots: npt.NDArray[np.int32],
+    topk: npt.NDArray[np.signedinteger],
+    *,
+    num_experts: int,
+    num_ranks: int,
+    unit_ranks: tuple[int, ...],
+    server_ranks: int,
+    rule: str = "nearest",
+    table: npt.NDArray[np.int32] | None = None,
+) -> Incidence:
+    """Count one layer.
+
+    Parameters
+    ----------
+    slots : (num_slots,) int32
+        Expert of each slot, -1 = empty.
+    topk : (num_tokens, top_k) signed integer
+        Experts of each token, -1 = none.
+    num_experts, num_ranks : int
+    unit_ranks : tuple of int
+        Ranks in one unit of each level, inside out.
+    server_ranks : int
+        Ranks of one server.
+    rule : {"nearest", "spread", "table"}
+        Which copy a token takes; without copies it does not matter.
+    table : (num_servers, num_experts) int32, optional
+        Slot for each source server and expert, for the rule "table".
+
+    Raises
+    ------
+    InvalidInput
+        When the rule needs a table that is not there, or cannot be priced.
+    """
+    from placer.search.counting import count_touched, expect_touched
+
+    size = np.array(unit_ranks, np.int64)
+    per_rank = len(slots) // num_ranks
+    held = np.flatnonzero(slots >= 0)
+    copies = np.bincount(slots[held], minlength=num_experts)
+    if copies.max() == 1:
+        rank_of = np.empty(num_experts, np.int64)
+        rank_of[slots[held]] = held // per_rank
+        units = (rank_of[None, :] // size[:, None]).astype(np.int32)
+        counts = np.zeros((len(size), num_ranks), np.int64)
+        count_touched(topk, units, counts)
+        used = np.bincount(topk[topk >= 0], minlength=num_experts).astype(np.float64)
+        load = np.stack([np.bincount(row, used, minlength=num_ranks) for row in units])
+        touched = counts.astype(np.float64)
+        outside = 1.0 - size[:, None] / num_ranks
+        return Incidence(
+            touched=touched,
+            remote=touched * outside,
+            load=load,
+            remote_load=load * outside,
+            foreign_load=load[0] * (1.0 - server_ranks / num_ranks),
+        )
+    order = held[np.argsort(slots[held], kind="stable")]
+    slots_of = np.full((num_experts, int(copies.max())), -1, np.int64)
+    first = np.cumsum(copies) - copies
+    slots_of[slots[order], np.arange(len(order)) - first[slots[order]]] = order
+    if rule == "table":
+        candidates, number = _fixed(slots_of, copies, num_ranks, per_rank, server_ranks, table)
+    elif rule in ("nearest", "spread"):
+        candidates, number = _allowed(slots_of, num_ranks, per_rank, unit_ranks if rule == "nearest" else ())
+    else:
+        raise InvalidInput(
+            f"replica choice {rule!r}: cannot be priced for copies; expected nearest, spread or table"
+        )
+    touched, remote, load, remote_load = (np.zeros((len(size), num_ranks)) for _ in range(4))
+    foreign = np.zeros(num_ranks)
+    expect_touched(topk, candidates, number, size, server_ranks, touched, remote, load, remote_load, foreign)
+    return Incidence(
+        touched=touched, remote=remote, load=load, remote_load=remote_load, foreign_load=foreign
+    )
+
+
+Candidates = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+
+
+def _fixed(
+    slots_of: npt.NDArray[np.int64],
+    copies: npt.NDArray[np.int64],
+    num_ranks: int,
+    per_rank: int,
+    server_ranks: int,
+    table: npt.NDArray[np.int32] | None,
+) -> Candidates:
+    """The one rank that the table names for each home and expert."""
+    if table is None:
+        raise InvalidInput("replica choice 'table': the placement holds no dispatch table; solve with it first")
+    fixed = table[np.arange(num_ranks) // server_ranks]
+    if ((fixed < 0) & (copies > 1)).any():
+        expert = int(np.argwhere((fixed < 0) & (copies > 1))[0][1])
+        raise InvalidInput(f"dispatch table: no slot for expert {expert}, which has copies")
+    chosen = np.where(fixed < 0, slots_of[:, 0], fixed) // per_rank
+    return chosen[:, :, None].astype(np.int32), np.ones(chosen.shape, np.int32)
+
+
+def _allowed(
+    slots_of: npt.NDArray[np.int64], num_ranks: int, per_rank: int, tiers: tuple[int, ...]
+) -> Candidates:
+    """Ranks that may serve each home and expert: those in the innermost of `tiers` that has any, else all."""
+    rank_of = np.where(slots_of >= 0, slots_of // per_rank, -1)
+    allowed = np.broadcast_to(rank_of >= 0, (num_ranks, *rank_of.shape))
+    home = np.arange(num_ranks)[:, None, None]
+    for size in tiers[::-1]:
+        near = allowed & (rank_of[None] // size == home // size)
+        allowed = np.where(near.any(axis=2, keepdims=True), near, allowed)
+    order = np.argsort(~allowed, axis=2, kind="stable")
+    candidates = np.take_along_axis(np.broadcast_to(rank_of, allowed.shape), order, axis=2)
+    return candidates.astype(np.int32), allowed.sum(axis=2).astype(np.int32)

@@ -1,0 +1,278 @@
+"""Layer: everything a method needs to place the experts of one layer.
+
+Layers are independent when tokens return home after each of them and slots are given per layer, so a whole
+model is solved layer by layer, in parallel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.errors import InvalidInput
+from placer.incidence import incidence
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Occupant = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """One layer of a problem.
+
+    Methods arrange experts on *positions*: position p is slot p, experts ``num_experts`` and up are
+    placeholders for empty slots, and an *occupant* array says which expert stands on each position.
+
+    Parameters
+    ----------
+    index : int
+        Layer number within the problem.
+    num_experts, num_ranks, slots_per_rank : int
+        Logical experts, GPUs, slots of one GPU.
+    unit_ranks : (num_levels,) tuple of int
+        GPUs in one unit of each level (gpu, server, rack, ...), inside out.
+    seconds : (num_levels,) tuple of float
+        Link seconds of every remote unit that a token touches, per level: what the search minimises.
+    server_ranks : int
+        GPUs of one server.
+    rule : str
+        Dispatch rule that scores copies.
+    max_load : float or None
+        Largest load of a unit over the mean, before the margin; None for no cap.
+    margin : float or "auto"
+        How much the cap is tightened inside the search; "auto" estimates it by `placer.caps.margin`.
+    load : (num_experts,) int64
+        Tokens that use each expert.
+    pair_counts : (num_experts, num_experts) int64, optional
+        Tokens that use both experts, where they are already counted.
+    topk : (num_tokens, top_k) int16, optional
+        Experts of each token, -1 = none; None when only counts are known.
+    key : (num_tokens,) uint64, optional
+        Sequence key of each token (see `placer.traffic.Routes`), for splits.
+    num_groups : int
+        Gate groups of consecutive experts.
+    """
+
+    index: int
+    num_experts: int
+    num_ranks: int
+    slots_per_rank: int
+    unit_ranks: tuple[int, ...]
+    seconds: tuple[float, ...]
+    server_ranks: int
+    rule: str
+    max_load: float | None
+    margin: float | str
+    load: Ints
+    pair_counts: Ints | None = None
+    topk: npt.NDArray[np.int16] | None = None
+    key: npt.NDArray[np.uint64] | None = None
+    num_groups: int = 1
+
+    @property
+    def num_slots(self) -> int:
+        """Slots over all ranks."""
+        return self.num_ranks * self.slots_per_rank
+
+    @cached_property
+    def unit_slots(self) -> tuple[int, ...]:
+        """Slots in one unit of each level."""
+        return tuple(ranks * self.slots_per_rank for ranks in self.unit_ranks)
+
+    @cached_property
+    def unit_cost(self) -> Floats:
+        """Seconds for every unit that a token touches, per level: it is remote with chance 1 - 1/N."""
+        return np.array(self.seconds) * (1.0 - np.array(self.unit_ranks) / self.num_ranks)
+
+    @cached_property
+    def levels(self) -> tuple[int, ...]:
+        """Levels at which swaps matter: several units, each of more than one slot."""
+        return tuple(i for i, slots in enumerate(self.unit_slots) if 1 < slots < self.num_slots)
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """Slots per unit of the `levels`, inside out."""
+        return np.array([self.unit_slots[i] for i in self.levels], np.int64)
+
+    @cached_property
+    def weights_of_levels(self) -> Floats:
+        """`unit_cost` of the `levels`, the largest scaled to 1."""
+        return self.unit_cost[list(self.levels)] / self.scale
+
+    @cached_property
+    def scale(self) -> float:
+        """Seconds of the dearest of the `levels`: one unit of a weighted sum of touched units."""
+        cost = self.unit_cost[list(self.levels)]
+        return float(cost.max()) if cost.size and cost.max() > 0 else 1.0
+
+    def cost_of(self, weighted: float) -> float:
+        """Seconds of all tokens for a sum of touched units weighted by `weights_of_levels`.
+
+        Levels of one slot a unit are added: there, every choice is a unit of its own.
+        """
+        single = [level for level, slots in enumerate(self.unit_slots) if slots == 1]
+        return weighted * self.scale + float(self.unit_cost[single].sum()) * float(self.load.sum())
+
+    # -- the tokens ------------------------------------------------------------------------------------
+
+    @cached_property
+    def distinct(self) -> tuple[npt.NDArray[np.int16], Ints]:
+        """Distinct expert sets, (n, top_k) int16 with -1 first, and the tokens of each, (n,) int64.
+
+        Tokens that dropped all their choices are left out.
+        """
+        if self.topk is None:
+            raise InvalidInput(f"layer {self.index}: found counts only, expected the experts of every token")
+        ids = np.sort(self.topk, axis=1)
+        width = ids.shape[1]
+        bits = int(self.num_experts).bit_length()
+        if bits * width <= 64:
+            code = np.zeros(len(ids), np.uint64)
+            for column in ids.T:
+                code = (code << np.uint64(bits)) | (column + 1).astype(np.uint64)
+            _, first, count = np.unique(code, return_index=True, return_counts=True)
+            ids, count = ids[first], count.astype(np.int64)
+        else:
+            count = np.ones(len(ids), np.int64)
+        used = ids[:, -1] >= 0
+        return np.ascontiguousarray(ids[used]), count[used]
+
+    @cached_property
+    def uses(self) -> tuple[Ints, npt.NDArray[np.int32]]:
+        """The distinct sets that hold each position's expert, as CSR: (num_slots + 1,) starts and rows."""
+        sets = self.distinct[0]
+        flat = sets.ravel()
+        order = np.argsort(flat, kind="stable")
+        start = np.searchsorted(flat[order], np.arange(self.num_slots + 1)).astype(np.int64)
+        return start, (order // max(1, sets.shape[1])).astype(np.int32)
+
+    @cached_property
+    def pairs(self) -> Ints:
+        """Tokens that use both experts, (num_slots, num_slots) int64, symmetric, zero for placeholders."""
+        from placer.search.counting import count_pairs
+
+        if self.pair_counts is not None:
+            spare = self.num_slots - self.num_experts
+            return np.pad(self.pair_counts, ((0, spare), (0, spare)))
+        sets, count = self.distinct
+        table = np.zeros((self.num_slots, self.num_slots), np.int64)
+        if len(sets):
+            count_pairs(sets, count, (0,) * sets.shape[1], table.reshape(-1))
+        return table + table.T
+
+    @cached_property
+    def expert_load(self) -> Floats:
+        """`load` followed by zeros for the placeholders, (num_slots,) float64."""
+        return np.pad(self.load.astype(np.float64), (0, self.num_slots - self.num_experts))
+
+    def split(self) -> tuple[Layer, Layer]:
+        """Two halves by sequence, each a layer of its own with its own caps and no margin."""
+        if self.topk is None or self.key is None:
+            raise InvalidInput(f"layer {self.index}: found counts only, a split needs the tokens")
+        keys = np.unique(self.key)
+        first = self.key <= keys[(len(keys) - 1) // 2]
+        return self._part(first), self._part(~first)
+
+    def _part(self, keep: npt.NDArray[np.bool_]) -> Layer:
+        key = None if self.key is None else self.key[keep]
+        topk = self.tokens[keep]
+        load = np.bincount(topk[topk >= 0], minlength=self.num_experts).astype(np.int64)
+        return replace(self, topk=topk, key=key, load=load, pair_counts=None, margin=0.0)
+
+    # -- judging an arrangement --------------------------------------------------------------------------
+
+    def score(self, slots: Occupant) -> tuple[float, float]:
+        """(load above the caps in tokens, seconds of all tokens) of a slot array, copies included: least is best."""
+        counts = incidence(
+            slots,
+            self.tokens,
+            num_experts=self.num_experts,
+            num_ranks=self.num_ranks,
+            unit_ranks=self.unit_ranks,
+            server_ranks=self.server_ranks,
+            rule=self.rule,
+        )
+        over = np.maximum(counts.load - self.caps[:, None], 0.0).sum()
+        return float(np.round(over, 6)), float(counts.remote.sum(axis=1) @ np.array(self.seconds))
+
+    def cost(self, occupant: Occupant) -> float:
+        """Seconds of all tokens for an occupant array."""
+        return self.score(self.slots(occupant))[1]
+
+    def excess(self, occupant: Occupant) -> float:
+        """Load above the caps for an occupant array, tokens summed over units and levels."""
+        over = 0.0
+        for slots, cap in zip(self.unit_slots, self.caps, strict=True):
+            over += float(np.maximum(self.unit_load(occupant, slots) - cap, 0.0).sum())
+        return over
+
+    def unit_load(self, occupant: Occupant, slots: int) -> Floats:
+        """Load of every unit of `slots` slots, tokens."""
+        return self.expert_load[occupant].reshape(-1, slots).sum(axis=1)
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int16]:
+        """`topk`, or an error in one line when only counts are known."""
+        if self.topk is None:
+            raise InvalidInput(f"layer {self.index}: found counts only, expected the experts of every token")
+        return self.topk
+
+    # -- caps --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def reference(self) -> Occupant:
+        """The load-only arrangement that meets all levels together (see `placer.search.balance`)."""
+        from placer.search.balance import balanced
+
+        sizes = self.sizes if len(self.sizes) else np.array([1], np.int64)
+        arranged: Occupant = balanced(self.expert_load, sizes)
+        return arranged
+
+    @cached_property
+    def cap_factor(self) -> float | None:
+        """Largest load over mean that the search allows itself: `max_load` less the margin."""
+        from placer.caps import margin
+
+        if self.max_load is None:
+            return None
+        return self.max_load - (margin(self) if self.margin == "auto" else float(self.margin))
+
+    @cached_property
+    def caps(self) -> Floats:
+        """Cap of each level, tokens, (num_levels,); inf where there is none."""
+        from placer.caps import caps
+
+        return caps(self, self.cap_factor)
+
+    # -- the kernel's view ---------------------------------------------------------------------------------
+
+    def positions(self, occupant: Occupant) -> Occupant:
+        """Position of every expert, the inverse of `occupant`."""
+        position = np.empty_like(occupant)
+        position[occupant] = np.arange(len(occupant), dtype=np.int32)
+        return position
+
+    def linear(self) -> Occupant:
+        """Experts in order, spread evenly over the ranks, placeholders last within each rank."""
+        held = np.full(self.num_ranks, self.num_experts // self.num_ranks)
+        held[: self.num_experts % self.num_ranks] += 1
+        rows = np.full((self.num_ranks, self.slots_per_rank), -1, np.int32)
+        rows[np.arange(self.slots_per_rank) < held[:, None]] = np.arange(self.num_experts)
+        return self.occupant(rows.ravel())
+
+    def occupant(self, slots: npt.NDArray[Any]) -> Occupant:
+        """The occupant array of a slot array in which every expert stands once and -1 is empty."""
+        occupant = np.asarray(slots, np.int32).copy()
+        occupant[occupant < 0] = np.arange(self.num_experts, self.num_slots)
+        return occupant
+
+    def slots(self, occupant: Occupant) -> Occupant:
+        """The slot array of an occupant array: experts ascending within a rank, -1 last."""
+        rows = np.sort(occupant.reshape(self.num_ranks, -1), axis=1)
+        rows[rows >= self.num_experts] = -1
+        return rows.ravel().astype(np.int32)

@@ -1,0 +1,234 @@
+"""Problem: a trace, a cluster, a model and the limits a placement must keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from placer.errors import Infeasible, InvalidInput
+from placer.layer import Layer
+from placer.model import Model
+from placer.placement import REPLICA_CHOICES
+from placer.topology import Topology
+from placer.trace import Trace
+from placer.traffic import Routes, Traffic
+
+DEFAULT_RESERVE = 20e9
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """What to place, where, and within which limits; checked once, when it is made.
+
+    Parameters
+    ----------
+    traffic : Traffic
+        Load and pair counts of every layer.
+    routes : Routes or None
+        The tokens themselves; None for counts-only input, which load methods can use.
+    topology : Topology
+        The cluster, already in its shape.
+    model : Model
+        Sizes of vectors and experts.
+    slots_per_rank : int
+        Slots of every GPU in every layer.
+    layer_ids : tuple of int
+        The model's own layer numbers.
+    num_groups : int
+        Gate groups of consecutive experts.
+    max_load : float or None
+        Largest load of a GPU, server or rack over the mean of its level; None for no cap.
+    load_margin : float or "auto"
+        How much the search tightens that cap, so that it holds on unseen tokens.
+    replica_choice : str
+        Dispatch rule: which copy a token takes.
+    gpu_memory, reserve : float
+        Bytes of a GPU, and bytes of it kept for everything but experts.
+    expert_dtype : str or None
+        Storage of expert weights; None for the model's own.
+
+    Raises
+    ------
+    InvalidInput
+        When a value is out of range.
+    Infeasible
+        When there are fewer slots than experts, or the experts do not fit into memory.
+
+    Examples
+    --------
+    >>> from placer import Problem, Topology, Trace
+    >>> trace = Trace(topk_idx=np.array([[[0, 1]], [[2, 3]]]), num_experts=4)
+    >>> problem = Problem.from_trace(trace, Topology.load("dgx-h100").with_shape("1x2x1"))
+    >>> problem.num_ranks, problem.slots_per_rank, problem.max_load
+    (2, 2, 1.05)
+    """
+
+    traffic: Traffic
+    routes: Routes | None
+    topology: Topology
+    model: Model
+    slots_per_rank: int
+    layer_ids: tuple[int, ...]
+    num_groups: int = 1
+    max_load: float | None = 1.05
+    load_margin: float | str = "auto"
+    replica_choice: str = "nearest"
+    gpu_memory: float
+    reserve: float = DEFAULT_RESERVE
+    expert_dtype: str | None = None
+
+    @classmethod
+    def from_trace(
+        cls,
+        trace: Trace,
+        topology: Topology,
+        *,
+        model: Model | None = None,
+        redundant: int | None = None,
+        slots_per_gpu: int | None = None,
+        max_load: float | None = 1.05,
+        load_margin: float | str = "auto",
+        replica_choice: str = "nearest",
+        gpu_memory: float | None = None,
+        reserve: float = DEFAULT_RESERVE,
+        expert_dtype: str | None = None,
+    ) -> Problem:
+        """The problem of a trace; `redundant` slots over all ranks, or `slots_per_gpu`, or none to spare."""
+        return cls(
+            traffic=Traffic.from_trace(trace),
+            routes=Routes.from_trace(trace),
+            topology=topology,
+            model=model or Model.for_trace_name(trace.model, trace.num_experts),
+            slots_per_rank=slots_per_rank(trace.num_experts, topology.num_ranks, redundant, slots_per_gpu),
+            layer_ids=trace.layer_ids,
+            num_groups=trace.num_groups,
+            max_load=max_load,
+            load_margin=load_margin,
+            replica_choice=replica_choice,
+            gpu_memory=topology.gpu_memory if gpu_memory is None else gpu_memory,
+            reserve=reserve,
+            expert_dtype=expert_dtype,
+        )
+
+    def __post_init__(self) -> None:
+        if self.num_slots < self.num_experts:
+            raise Infeasible(
+                f"slots: {self.num_slots} a layer ({self.num_ranks} GPUs x {self.slots_per_rank}) "
+                f"cannot hold {self.num_experts} experts"
+            )
+        if self.max_load is not None and not 1.0 <= self.max_load < math.inf:
+            raise InvalidInput(f"max load: found {self.max_load}, expected 1.0 or more (a unit's load over the mean)")
+        if self.load_margin != "auto" and not (
+            isinstance(self.load_margin, int | float) and 0 <= self.load_margin < 1
+        ):
+            raise InvalidInput(f"load margin: found {self.load_margin!r}, expected 'auto' or a number in [0, 1)")
+        if self.replica_choice not in REPLICA_CHOICES:
+            raise InvalidInput(
+                f"replica choice: found {self.replica_choice!r}, expected one of {', '.join(REPLICA_CHOICES)}"
+            )
+        needed = self.expert_bytes_per_gpu
+        if needed is not None and needed + self.reserve > self.gpu_memory:
+            raise Infeasible(
+                f"memory: a GPU needs {(needed + self.reserve) / 1e9:.1f} GB "
+                f"({self.num_layers} layers x {self.slots_per_rank} slots x "
+                f"{(self.model.expert_bytes(self.expert_dtype) or 0) / 1e6:.1f} MB + {self.reserve / 1e9:.1f} GB reserve), "
+                f"it has {self.gpu_memory / 1e9:.1f} GB"
+            )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return int(self.traffic.load.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """Logical experts per layer."""
+        return int(self.traffic.load.shape[1])
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs."""
+        return self.topology.num_ranks
+
+    @property
+    def num_slots(self) -> int:
+        """Slots per layer over all GPUs."""
+        return self.num_ranks * self.slots_per_rank
+
+    @property
+    def expert_bytes_per_gpu(self) -> float | None:
+        """Bytes of a GPU's experts when all its slots are held; None when the expert size is unknown."""
+        size = self.model.expert_bytes(self.expert_dtype)
+        return None if size is None else size * self.num_layers * self.slots_per_rank
+
+    @property
+    def seconds_per_vector(self) -> tuple[float, ...]:
+        """Seconds that one vector, there and back, occupies a GPU's share of each level's links."""
+        size = self.model.dispatch_bytes + self.model.combine_bytes
+        return tuple(size / level.effective_bandwidth for level in self.topology.levels)
+
+    def layer(self, index: int) -> Layer:
+        """One layer, as methods see it."""
+        topk = None
+        if self.routes is not None:
+            topk = np.ascontiguousarray(self.routes.topk_idx[:, index], dtype=np.int16)
+        return Layer(
+            index=index,
+            num_experts=self.num_experts,
+            num_ranks=self.num_ranks,
+            slots_per_rank=self.slots_per_rank,
+            unit_ranks=self.topology.unit_sizes,
+            seconds=self.seconds_per_vector,
+            server_ranks=self.topology.unit_sizes[self.topology.index("server")],
+            rule=self.replica_choice,
+            max_load=self.max_load,
+            margin=self.load_margin,
+            load=self.traffic.load[index],
+            pair_counts=None if self.traffic.pairs is None else self.traffic.pairs[index],
+            topk=topk,
+            key=None if self.routes is None else self.routes.key,
+            num_groups=self.num_groups,
+        )
+
+
+def slots_per_rank(
+    num_experts: int, num_ranks: int, redundant: int | None = None, slots_per_gpu: int | None = None
+) -> int:
+    """Slots of one GPU for `redundant` spare slots over all, or as given.
+
+    Raises
+    ------
+    InvalidInput
+        When slots do not divide by ranks; the message names the nearest number that does.
+
+    Examples
+    --------
+    >>> slots_per_rank(64, 8, redundant=8)
+    9
+    >>> slots_per_rank(64, 24)
+    Traceback (most recent call last):
+    placer.errors.InvalidInput: 64 experts do not divide by 24 GPUs; the nearest that fits is --redundant 8 (3 slots a GPU)
+    """
+    if slots_per_gpu is not None:
+        if redundant is not None:
+            raise InvalidInput("--redundant and --slots-per-gpu exclude each other")
+        if slots_per_gpu < 1:
+            raise InvalidInput(f"--slots-per-gpu: found {slots_per_gpu}, expected at least 1")
+        return slots_per_gpu
+    asked = 0 if redundant is None else redundant
+    if asked < 0:
+        raise InvalidInput(f"--redundant: found {asked}, expected 0 or more")
+    total = num_experts + asked
+    if total % num_ranks == 0:
+        return total // num_ranks
+    below = total // num_ranks * num_ranks - num_experts
+    above = below + num_ranks
+    near = above if below < 0 or above - asked <= asked - below else below
+    said = f"{num_experts} experts" + (f" + {asked} redundant" if asked else "")
+    raise InvalidInput(
+        f"{said} do not divide by {num_ranks} GPUs; the nearest that fits is --redundant {near} "
+        f"({(num_experts + near) // num_ranks} slots a GPU)"
+    )
+

@@ -1,0 +1,167 @@
+"""Report: what a placement costs on a trace, as numbers, JSON and text."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from placer.errors import GateFailed, InvalidInput
+from placer.topology import REPORTED
+
+SCHEMA = "placer/report/1"
+
+_GATE = re.compile(r"\s*([a-z_]+(?:\.[a-z_]+)*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
+_COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Traffic, load, seconds and memory of a placement on a trace.
+
+    Parameters
+    ----------
+    tokens, layers : int
+        What was measured.
+    alltoall, replica_choice : str
+        The all-to-all scheme and the dispatch rule that were priced.
+    touched, remote : dict of float
+        Per level "gpu", "server", "rack": mean over tokens and layers of the units that hold the token's
+        experts, and of those other than the home's.
+    bytes_per_token : dict of float
+        Bytes that leave units over the links of each level, dispatch and combine, all layers, per token.
+    load : dict of dict
+        Per level ``max_over_mean`` (busiest unit over mean, mean over layers) and ``worst_layer``.
+    seconds : dict of float
+        ``dispatch``, ``combine``, ``compute`` and ``step`` of one step, summed over layers.
+    bottleneck : str
+        The link or device that takes most of the step.
+    memory : dict
+        ``worst_gpu_bytes`` of experts on the fullest GPU (None when the expert size is unknown), with
+        ``capacity_bytes`` and ``reserve_bytes``.
+    assumptions : tuple of str
+        What the numbers rest on, in words.
+    per_layer : dict
+        ``layer_ids``, and lists with one entry a layer of ``touched``, ``remote`` and ``load`` per level.
+    """
+
+    tokens: int
+    layers: int
+    alltoall: str
+    replica_choice: str
+    touched: dict[str, float]
+    remote: dict[str, float]
+    bytes_per_token: dict[str, float]
+    load: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+    bottleneck: str
+    memory: dict[str, float | None]
+    assumptions: tuple[str, ...]
+    per_layer: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document ``placer/report/1``."""
+        return {
+            "schema": SCHEMA,
+            "tokens": self.tokens,
+            "layers": self.layers,
+            "alltoall": self.alltoall,
+            "replica_choice": self.replica_choice,
+            "touched": self.touched,
+            "remote": self.remote,
+            "bytes_per_token": self.bytes_per_token,
+            "load": self.load,
+            "seconds": self.seconds,
+            "bottleneck": self.bottleneck,
+            "memory": self.memory,
+            "assumptions": list(self.assumptions),
+            "per_layer": self.per_layer,
+        }
+
+    def to_json(self) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict())
+
+    def value(self, path: str) -> float:
+        """A number by its dotted path, for example ``remote.server``.
+
+        Raises
+        ------
+        InvalidInput
+            When there is no such number.
+        """
+        found: Any = self.to_dict()
+        for key in path.split("."):
+            if not isinstance(found, dict) or key not in found:
+                known = ", ".join(found) if isinstance(found, dict) else "no further keys"
+                raise InvalidInput(f"{path}: no {key!r} in the report; known: {known}")
+            found = found[key]
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise InvalidInput(f"{path}: found {type(found).__name__}, expected a number")
+        return float(found)
+
+    def require(self, gate: str) -> None:
+        """Hold the report to a condition such as ``remote.server<=3.2``.
+
+        Raises
+        ------
+        InvalidInput
+            When the condition cannot be read.
+        GateFailed
+            When it does not hold.
+        """
+        match = _GATE.fullmatch(gate)
+        try:
+            path, sign, text = match.groups()  # type: ignore[union-attr]
+            limit = float(text)
+        except (AttributeError, ValueError):
+            raise InvalidInput(f"--require {gate!r}: expected PATH<=NUMBER, for example remote.server<=3.2") from None
+        value = self.value(path)
+        if not _COMPARE[sign](value, limit):
+            raise GateFailed(f"{path} is {value:.6g}, required {sign} {limit:g}")
+
+    def __str__(self) -> str:
+        lines = [f"{'':10}{'touched':>9}{'remote':>9}{'bytes/token':>13}{'max/mean':>10}{'worst layer':>13}"]
+        for level in REPORTED:
+            lines.append(
+                f"{level:10}{self.touched[level]:9.3f}{self.remote[level]:9.3f}"
+                f"{format_bytes(self.bytes_per_token[level]):>13}"
+                f"{self.load[level]['max_over_mean']:10.3f}{self.load[level]['worst_layer']:13.3f}"
+            )
+        seconds = self.seconds
+        lines.append(
+            f"step {format_seconds(seconds['step'])}: dispatch {format_seconds(seconds['dispatch'])}, "
+            f"combine {format_seconds(seconds['combine'])}, compute {format_seconds(seconds['compute'])}; "
+            f"bottleneck {self.bottleneck}"
+        )
+        return "\n".join(lines)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units.
+
+    Examples
+    --------
+    >>> format_bytes(1234567), format_bytes(12)
+    ('1.23 MB', '12 B')
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g} B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds in a unit that reads well.
+
+    Examples
+    --------
+    >>> format_seconds(0.00123), format_seconds(12.0)
+    ('1.23 ms', '12 s')
+    """
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"

@@ -1,0 +1,96 @@
+"""Methods: one file, one method; the file's name is the method's name.
+
+A method is a module with
+
+``needs``
+    frozenset out of ``load``, ``pairs``, ``routes``: the statistics it reads.
+``handles``
+    frozenset out of ``caps``, ``copies``, ``levels``: limits it keeps, copies it makes, levels beyond
+    one that it weighs. A method without ``copies`` leaves spare slots empty.
+``place(layer, *, rng, clock, initial=None) -> Placed``
+    arranges one `placer.layer.Layer`. `initial` is a slot array or None. All randomness comes from
+    `rng`; a method that iterates asks `clock.allows(rounds)` before each round.
+
+Packages outside join through the entry point group ``placer.solvers`` (name -> module).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.clock import Clock
+from placer.errors import InvalidInput
+from placer.files import nearest
+from placer.layer import Layer
+
+ENTRY_POINTS = "placer.solvers"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Placed:
+    """What a method returns for one layer.
+
+    Parameters
+    ----------
+    slots : (num_slots,) int32
+        Logical expert of each slot, -1 = empty and last within its rank.
+    bound : float or None
+        Proven lower bound on the layer's cost (seconds of all tokens), where the method has one.
+    rounds : int
+        Rounds of search that were run.
+    """
+
+    slots: npt.NDArray[np.int32]
+    bound: float | None = None
+    rounds: int = 0
+
+
+class Method(Protocol):
+    """The interface of a method module."""
+
+    needs: frozenset[str]
+    handles: frozenset[str]
+
+    def place(
+        self, layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: npt.NDArray[np.int32] | None = None
+    ) -> Placed:
+        """Arrange one layer."""
+        ...
+
+
+def names() -> list[str]:
+    """All methods, without importing any: the files here and the entry points of other packages."""
+    return sorted({*_shipped(), *_outside()})
+
+
+def method(name: str) -> Method:
+    """The method of a name.
+
+    Raises
+    ------
+    InvalidInput
+        When no method has this name; the message lists near ones.
+    """
+    if name in _shipped():
+        return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    outside = _outside()
+    if name in outside:
+        loaded: Method = outside[name].load()
+        return loaded
+    raise InvalidInput(f"unknown method {name!r}; {nearest(name, {*_shipped(), *outside})}")
+
+
+def _shipped() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__)}
+
+
+def _outside() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}

@@ -1,0 +1,348 @@
+"""Machines: nested levels of GPUs, servers and racks, and the links between their units.
+
+One TOML file describes one machine; ``topologies/README.md`` explains the format. Inside the program every
+quantity is in SI units: bytes, seconds, bytes per second, floating-point operations per second.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from dataclasses import dataclass, fields, replace
+from decimal import Decimal
+from itertools import accumulate
+from math import inf, isfinite, prod
+from operator import mul
+from pathlib import Path
+from reprlib import repr as shorten
+from typing import Any, Self
+
+from placer.errors import InvalidInput
+from placer.files import nearest
+
+LINKS = ("switch", "mesh", "torus")
+REPORTED = ("gpu", "server", "rack")
+
+_DECIMAL = {"": "1", "k": "1e3", "K": "1e3", "M": "1e6", "G": "1e9", "T": "1e12", "P": "1e15"}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_BYTES = {f"{prefix}B": Decimal(size) for prefix, size in (_DECIMAL | _BINARY).items()}
+_UNITS: dict[str, tuple[str, dict[str, Decimal]]] = {
+    "bytes": ("a size such as 80 GB or 16 GiB", _BYTES),
+    "bandwidth": (
+        "a bandwidth such as 50 GB/s or 400 Gb/s",
+        {f"{unit}/s": size for unit, size in _BYTES.items()}
+        | {f"{prefix}b/s": Decimal(size) / 8 for prefix, size in _DECIMAL.items()},
+    ),
+    "seconds": (
+        "a time such as 3.33 us",
+        {
+            f"{p}s": Decimal(x)
+            for p, x in {"": "1", "m": "1e-3", "u": "1e-6", "µ": "1e-6", "n": "1e-9"}.items()
+        },
+    ),
+    "flops": ("a rate such as 989.4 TFLOP/s", {f"{p}FLOP/s": Decimal(x) for p, x in _DECIMAL.items()}),
+    "number": ("a number >= 0", {}),
+}
+_QUANTITY = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?)\s*(\S*)\s*")
+
+
+def parse_quantity(text: str | float, unit_kind: str, where: str = "") -> float:
+    """Read a quantity with its unit; a bare number is in SI units already.
+
+    Parameters
+    ----------
+    text : str or float
+        For example ``"450 GB/s"``, ``"80GB"``, ``"3.33 us"`` or ``50e9``. ``GB/s`` is bytes, ``Gb/s`` bits.
+    unit_kind : {"bytes", "bandwidth", "seconds", "flops", "number"}
+        Which units are understood: bytes, bytes per second, seconds, FLOP/s, or none at all.
+    where : str
+        Option or key that the text came from; starts the error message.
+
+    Returns
+    -------
+    float
+        The quantity in SI units, finite and not negative.
+
+    Raises
+    ------
+    InvalidInput
+        When there is no number, the unit is unknown, or the value is negative, infinite or not a number.
+
+    Examples
+    --------
+    >>> parse_quantity("400 Gb/s", "bandwidth"), parse_quantity("80GB", "bytes")
+    (50000000000.0, 80000000000.0)
+    """
+    expected, units = _UNITS[unit_kind]
+    value = inf
+    if isinstance(text, str):
+        match = _QUANTITY.fullmatch(text)
+        factor = ({"": Decimal(1)} | units).get(match[2]) if match else None
+        if match and factor is not None:
+            value = float(Decimal(match[1]) * factor)  # in decimal, so that "3.33 us" is exactly 3.33e-6
+    elif isinstance(text, (int, float)) and not isinstance(text, bool) and 0 <= text < 1e300:
+        value = float(text)
+    if not isfinite(value):
+        raise InvalidInput(f"{where} {shorten(text)}: expected {expected}".lstrip())
+    return value
+
+
+def _check(name: str, value: float, holds: bool, expected: str) -> None:
+    if isinstance(value, bool) or not holds or not isfinite(value):
+        raise InvalidInput(f"{name} is {shorten(value)}, expected {expected}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """One level of the machine: units of equal size and the link by which they exchange vectors.
+
+    Parameters
+    ----------
+    name : str
+        ``gpu``, ``server`` and ``rack`` are always there; other names are free.
+    fanout : int
+        How many units of this level one unit of the next level out holds.
+    bandwidth : float
+        Nominal bytes per second, for each GPU and direction.
+    efficiency : float
+        Share of `bandwidth` that real transfers reach, in (0, 1].
+    latency : float
+        Seconds from one unit to another, for a message of negligible size.
+    link : {"switch", "mesh", "torus"}
+        ``switch``: only what a GPU sends and receives is limited. ``mesh``: so is every pair. ``torus``: a
+        ring or grid of neighbour links; `bandwidth` is the sum over those of one GPU.
+    oversubscription : float
+        How many times the traffic into this level's links exceeds what they carry onwards; at least 1.
+
+    Raises
+    ------
+    InvalidInput
+        When a value lies outside of its range.
+
+    Examples
+    --------
+    >>> mesh = Level(name="gpu", fanout=8, bandwidth=448e9, efficiency=0.75, latency=3.33e-6, link="mesh")
+    >>> mesh.effective_bandwidth, mesh.pair_bandwidth
+    (336000000000.0, 48000000000.0)
+    """
+
+    name: str
+    fanout: int
+    bandwidth: float
+    efficiency: float
+    latency: float
+    link: str = "switch"
+    oversubscription: float = 1.0
+
+    def __post_init__(self) -> None:
+        where = f'level "{self.name}": '
+        whole = isinstance(self.fanout, int) and 1 <= self.fanout < 2**31
+        _check(f"{where}fanout", self.fanout, whole, "an integer >= 1")
+        _check(f"{where}bandwidth", self.bandwidth, self.bandwidth > 0, "more than 0 bytes/s")
+        _check(f"{where}efficiency", self.efficiency, 0 < self.efficiency <= 1, "more than 0 and at most 1")
+        _check(f"{where}latency", self.latency, self.latency >= 0, "at least 0 s")
+        _check(f"{where}oversubscription", self.oversubscription, self.oversubscription >= 1, "at least 1")
+        if self.link not in LINKS:
+            raise InvalidInput(f"{where}link is {shorten(self.link)}, expected one of {', '.join(LINKS)}")
+
+    @property
+    def effective_bandwidth(self) -> float:
+        """Bytes per second that one GPU can really send over this level's link, and receive."""
+        return self.bandwidth * self.efficiency / self.oversubscription
+
+    @property
+    def pair_bandwidth(self) -> float:
+        """Bytes per second of one GPU towards one other unit: on a mesh, over one of ``fanout - 1`` links."""
+        return self.effective_bandwidth / (max(self.fanout - 1, 1) if self.link == "mesh" else 1)
+
+    def with_fanout(self, fanout: int) -> Self:
+        """The level with another fan-out; the links of a mesh keep their rate, so their sum follows."""
+        links = max(fanout - 1, 1) / max(self.fanout - 1, 1) if self.link == "mesh" else 1.0
+        return replace(self, fanout=fanout, bandwidth=self.bandwidth * links)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """A machine: its levels from the inside out, and what one GPU can hold and do.
+
+    Ranks count GPUs in topology order: all GPUs of the first server, then of the second, and so on.
+
+    Parameters
+    ----------
+    name, description : str
+    levels : tuple of Level
+        From the inside out; ``gpu`` first, ``server`` and ``rack`` in this order, others where they belong.
+    gpu_memory, hbm_bandwidth : float
+        Bytes, and bytes per second, of one GPU's memory.
+    flops_bf16, flops_fp8 : float
+        Dense floating-point operations per second of one GPU.
+
+    Raises
+    ------
+    InvalidInput
+        When a level is missing, doubled or out of order, or a figure is not positive.
+
+    Examples
+    --------
+    >>> topology = Topology.load("dgx-h100").with_shape("2x4x8")
+    >>> topology.shape, topology.num_ranks, topology.unit_sizes
+    ((2, 4, 8), 64, (1, 8, 32))
+    """
+
+    name: str
+    description: str
+    levels: tuple[Level, ...]
+    gpu_memory: float
+    hbm_bandwidth: float
+    flops_bf16: float
+    flops_fp8: float
+
+    def __post_init__(self) -> None:
+        names = [level.name for level in self.levels]
+        in_order = [name for name in names if name in REPORTED] == list(REPORTED)
+        if not in_order or names[0] != "gpu" or len(set(names)) < len(names):
+            expected = "gpu first, then server and rack, each once, from the inside out"
+            raise InvalidInput(f"levels are {', '.join(names) or 'missing'}; expected {expected}")
+        for key in ("gpu_memory", "hbm_bandwidth", "flops_bf16", "flops_fp8"):
+            _check(key, getattr(self, key), getattr(self, key) > 0, "more than 0")
+
+    @property
+    def unit_sizes(self) -> tuple[int, ...]:
+        """Ranks in one unit of each level: 1 for ``gpu``, the GPUs of a server for ``server``, and so on."""
+        return tuple(accumulate((level.fanout for level in self.levels[:-1]), mul, initial=1))
+
+    @property
+    def num_ranks(self) -> int:
+        """GPUs in the whole machine."""
+        return prod(level.fanout for level in self.levels)
+
+    @property
+    def num_units(self) -> tuple[int, ...]:
+        """Units of each level in the whole machine."""
+        return tuple(self.num_ranks // size for size in self.unit_sizes)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Racks, servers in a rack, GPUs in a server."""
+        server, rack = (self.unit_sizes[self.index(name)] for name in ("server", "rack"))
+        return self.num_ranks // rack, rack // server, server
+
+    def index(self, name: str) -> int:
+        """Position of a level in ``levels``; InvalidInput when there is none of this name."""
+        names = [level.name for level in self.levels]
+        if name not in names:
+            raise InvalidInput(f"topology {self.name}: no level {name!r}, {nearest(name, names)}")
+        return names.index(name)
+
+    def with_shape(self, shape: str | tuple[int, int, int]) -> Self:
+        """The same machine with other numbers of racks, servers in a rack and GPUs in a server.
+
+        Further levels keep their fan-outs, and the counts must divide by them.
+
+        Raises
+        ------
+        InvalidInput
+            When the text is not ``RACKSxSERVERSxGPUS``, a count is below 1, or a count does not divide.
+        """
+        where = f"--shape {shorten(shape)}"
+        text = shape if isinstance(shape, str) else "x".join(map(str, shape))
+        match = re.fullmatch(
+            r"0*([1-9][0-9]{0,8})[xX]0*([1-9][0-9]{0,8})[xX]0*([1-9][0-9]{0,8})", text.strip()
+        )
+        if not match:
+            raise InvalidInput(f"{where}: expected RACKSxSERVERSxGPUS, for example 1x8x8")
+        starts = [0, self.index("server"), self.index("rack"), len(self.levels)]
+        levels: list[Level] = []
+        for start, end, digits in zip(starts, starts[1:], reversed(match.groups()), strict=False):
+            first, *outer = self.levels[start:end]
+            kept = prod(level.fanout for level in outer)
+            count, rest = divmod(int(digits), kept)
+            if rest:
+                raise InvalidInput(
+                    f"{where}: {digits} {first.name}s do not divide by the {kept} of level "
+                    f'"{outer[-1].name}" in {self.name}'
+                )
+            levels += [first.with_fanout(count), *outer]
+        return replace(self, levels=tuple(levels))
+
+    @classmethod
+    def load(cls, source: str | os.PathLike[str]) -> Self:
+        """Read a shipped topology by its name, in any case, or a TOML file by its path.
+
+        Raises
+        ------
+        InvalidInput
+            When the name is unknown, or the file cannot be read or says something impossible.
+        """
+        text = os.fspath(source)
+        shipped = _shipped()
+        path = shipped.get(text.lower())
+        if path is None:
+            if not (os.sep in text or "/" in text or text.lower().endswith(".toml") or os.path.isfile(text)):
+                raise InvalidInput(f"unknown topology {shorten(text)}: {nearest(text, shipped)}")
+            path = Path(text)
+        try:
+            table = tomllib.loads(path.read_bytes().decode())
+        except OSError as error:
+            raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise InvalidInput(f"{path}: expected a TOML file: {error}") from None
+        try:
+            return cls(**_read(Topology, {"name": path.stem} | table))
+        except InvalidInput as error:
+            raise InvalidInput(f"{path}: {error}") from None
+
+
+def shipped() -> list[str]:
+    """Names of the topologies that come with the package, sorted.
+
+    Examples
+    --------
+    >>> "dgx-h100" in shipped()
+    True
+    """
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Path]:
+    package = Path(__file__).parent
+    folder = package / "topologies"  # in a wheel; in a source checkout the folder stands beside the package
+    folder = folder if folder.is_dir() else package.parent / "topologies"
+    return {path.stem: path for path in folder.glob("*.toml")}
+
+
+_KINDS = {
+    "bandwidth": "bandwidth",
+    "efficiency": "number",
+    "latency": "seconds",
+    "oversubscription": "number",
+    "gpu_memory": "bytes",
+    "hbm_bandwidth": "bandwidth",
+    "flops_bf16": "flops",
+    "flops_fp8": "flops",
+}
+
+
+def _read(kind: type, table: object, where: str = "") -> dict[str, Any]:
+    """The arguments of a Level or Topology from one table of the file, whose keys are the field names."""
+    if not isinstance(table, dict):
+        raise InvalidInput(f"{where}found {shorten(table)}, expected a table")
+    keys = [field.name for field in fields(kind)]
+    for key in table:
+        if key not in keys:
+            raise InvalidInput(f"{where}unknown key {shorten(key)}, {nearest(key, keys)}")
+    for key in keys:
+        if key not in table and key != "oversubscription":
+            raise InvalidInput(f'{where}key "{key}" is missing')
+    return {key: _value(key, value, f"{where}{key}") for key, value in table.items()}
+
+
+def _value(key: str, value: Any, where: str) -> Any:
+    if key in ("name", "description") and not (isinstance(value, str) and value and value.isprintable()):
+        raise InvalidInput(f"{where} is {shorten(value)}, expected one line of text")
+    if key == "levels":
+        if not isinstance(value, list):
+            raise InvalidInput(f"{where} is {shorten(value)}, expected [[levels]] tables")
+        return tuple(Level(**_read(Level, table, f"level {i}: ")) for i, table in enumerate(value, 1))
+    return parse_quantity(value, _KINDS[key], where) if key in _KINDS else value
