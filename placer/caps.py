@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from placer.layer import Layer, Occupant
+from placer.layer import Layer
 
 
 def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
@@ -36,12 +36,12 @@ def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
     return limits
 
 
-def raised(layer: Layer, names: tuple[str, ...]) -> list[dict[str, float | int | str]]:
+def raised(layer: Layer) -> list[dict[str, float | int | str]]:
     """The caps that had to be raised above ``max_load`` because even load-only packing exceeds it.
 
     Returns
     -------
-    One ``{"layer", "level", "asked", "cap"}`` per raised cap, both as load over mean.
+    One ``{"layer", "level", "asked", "cap"}`` per raised cap: the level's position, loads over mean.
     """
     if layer.max_load is None or layer.load.sum() == 0:
         return []
@@ -50,7 +50,7 @@ def raised(layer: Layer, names: tuple[str, ...]) -> list[dict[str, float | int |
         mean = float(layer.load.sum()) * slots / layer.num_slots
         if math.isfinite(cap) and cap > layer.max_load * mean * (1 + 1e-12):
             rows.append(
-                {"layer": layer.index, "level": names[level], "asked": layer.max_load, "cap": float(cap / mean)}
+                {"layer": layer.index, "level": level, "asked": layer.max_load, "cap": float(cap / mean)}
             )
     return rows
 
@@ -76,7 +76,7 @@ def _overshoot(fit: Layer, unseen: Layer) -> float:
     """Mean over the swappable levels of the excess of unseen max/mean over the cap that was set."""
     from placer.search import descend
 
-    occupant: Occupant = descend(fit, fit.reference, exact=False)
+    occupant, _ = descend(fit, fit.reference, exact=False, rng=np.random.default_rng(0))
     over = []
     for level in fit.levels:
         slots = fit.unit_slots[level]

@@ -70,8 +70,8 @@ def evaluate(
     --------
     >>> from placer import Placement, Topology, Trace
     >>> trace = Trace(topk_idx=np.array([[[0, 1]], [[2, 3]]]), num_experts=4)
-    >>> pairs_together = Placement(physical_to_logical=np.array([[0, 1, 2, 3]]), num_experts=4, shape=(1, 2, 1))
-    >>> evaluate(pairs_together, trace, Topology.load("dgx-h100").with_shape("1x2x1")).touched["server"]
+    >>> pairs = Placement(physical_to_logical=np.array([[0, 1, 2, 3]]), num_experts=4, shape=(1, 2, 1))
+    >>> evaluate(pairs, trace, Topology.load("dgx-h100").with_shape("1x2x1")).touched["server"]
     1.0
     """
     _check(placement, trace, topology)
@@ -142,23 +142,18 @@ def evaluate(
 
 
 def _check(placement: Placement, trace: Trace, topology: Topology) -> None:
-    if placement.shape != topology.shape:
-        raise InvalidInput(
-            f"shape: the placement is for {format_shape(placement.shape)}, "
-            f"found {format_shape(topology.shape)} in {topology.name}"
-        )
-    if placement.num_experts != trace.num_experts:
-        raise InvalidInput(
-            f"experts: the placement has {placement.num_experts}, the trace {trace.name} has {trace.num_experts}"
-        )
-    if placement.layer_ids != trace.layer_ids:
-        raise InvalidInput(
-            f"layers: the placement has {_ids(placement.layer_ids)}, the trace {trace.name} has {_ids(trace.layer_ids)}"
-        )
+    for what, ours, theirs, where in (
+        ("shape", format_shape(placement.shape), format_shape(topology.shape), f"topology {topology.name}"),
+        ("experts", placement.num_experts, trace.num_experts, f"trace {trace.name}"),
+        ("layers", _ids(placement.layer_ids), _ids(trace.layer_ids), f"trace {trace.name}"),
+    ):
+        if ours != theirs:
+            raise InvalidInput(f"{what}: found {theirs} in {where}, expected {ours} as in the placement")
 
 
 def _ids(ids: tuple[int, ...]) -> str:
-    return f"{len(ids)} layers {ids[0]}..{ids[-1]}"
+    runs = ids == tuple(range(ids[0], ids[0] + len(ids)))
+    return f"{ids[0]}..{ids[-1]}" if runs else ",".join(map(str, ids))
 
 
 def _memory(
@@ -185,10 +180,15 @@ def _memory(
     return {"worst_gpu_bytes": worst, "capacity_bytes": capacity, "reserve_bytes": reserve}
 
 
-def _link_seconds(entering: npt.NDArray[np.float64], size: float, topology: Topology) -> npt.NDArray[np.float64]:
+def _link_seconds(
+    entering: npt.NDArray[np.float64], size: float, topology: Topology
+) -> npt.NDArray[np.float64]:
     """Seconds of the busiest link of each level."""
     rate = np.array(
-        [unit * level.effective_bandwidth for level, unit in zip(topology.levels, topology.unit_sizes, strict=True)]
+        [
+            unit * level.effective_bandwidth
+            for level, unit in zip(topology.levels, topology.unit_sizes, strict=True)
+        ]
     )
     seconds: npt.NDArray[np.float64] = entering.max(axis=1) * size / rate
     return seconds
@@ -204,19 +204,18 @@ def _bottleneck(busiest: npt.NDArray[np.float64], compute: float, topology: Topo
 def _assumptions(model: Model, alltoall: str, tokens_per_gpu: int, placement: Placement) -> tuple[str, ...]:
     said = [
         "homes are uniform over all GPUs",
-        f"seconds are for one step of {tokens_per_gpu} tokens on each GPU: per phase the busiest link's bytes "
-        f"over its effective bandwidth, plus latency; no overlap; expert GEMMs at {GEMM_EFFICIENCY:.0%} of BF16 peak",
+        f"seconds are for one step of {tokens_per_gpu} tokens on each GPU",
+        "a phase takes its latency plus the busiest link's bytes over its effective bandwidth; no overlap",
+        f"expert GEMMs reach {GEMM_EFFICIENCY:.0%} of the BF16 peak",
     ]
     if alltoall == "hierarchical":
         said.append("a vector crosses an uplink once per remote rack and a NIC once per remote server")
     if model is ASSUMED:
-        said.append(
-            f"model unknown: hidden size {model.hidden_size}, BF16; expert size unknown, "
-            "so memory is not checked and compute is 0"
-        )
+        said.append(f"model unknown: hidden size {model.hidden_size} and BF16 assumed")
+        said.append("expert size unknown: memory is not checked, compute takes 0 s")
     else:
-        said.append(f"model {model.name}: hidden size {model.hidden_size}, {model.dispatch_dtype} dispatch, "
-                    f"{model.combine_dtype} combine")
+        dtypes = f"{model.dispatch_dtype} dispatch, {model.combine_dtype} combine"
+        said.append(f"model {model.name}: hidden size {model.hidden_size}, {dtypes}")
     if placement.has_copies:
         said.append("each copy is picked independently of a token's other experts")
     return tuple(said)

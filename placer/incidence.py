@@ -81,7 +81,7 @@ def incidence(
         counts = np.zeros((len(size), num_ranks), np.int64)
         count_touched(topk, units, counts)
         used = np.bincount(topk[topk >= 0], minlength=num_experts).astype(np.float64)
-        load = np.stack([np.bincount(row, used, minlength=num_ranks) for row in units])
+        load: Floats = np.stack([np.bincount(row, used, minlength=num_ranks) for row in units]).astype(float)
         touched = counts.astype(np.float64)
         outside = 1.0 - size[:, None] / num_ranks
         return Incidence(
@@ -106,9 +106,7 @@ def incidence(
     touched, remote, load, remote_load = (np.zeros((len(size), num_ranks)) for _ in range(4))
     foreign = np.zeros(num_ranks)
     expect_touched(topk, candidates, number, size, server_ranks, touched, remote, load, remote_load, foreign)
-    return Incidence(
-        touched=touched, remote=remote, load=load, remote_load=remote_load, foreign_load=foreign
-    )
+    return Incidence(touched=touched, remote=remote, load=load, remote_load=remote_load, foreign_load=foreign)
 
 
 Candidates = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
@@ -124,7 +122,9 @@ def _fixed(
 ) -> Candidates:
     """The one rank that the table names for each home and expert."""
     if table is None:
-        raise InvalidInput("replica choice 'table': the placement holds no dispatch table; solve with it first")
+        raise InvalidInput(
+            "replica choice 'table': the placement holds no dispatch table; solve with it first"
+        )
     fixed = table[np.arange(num_ranks) // server_ranks]
     if ((fixed < 0) & (copies > 1)).any():
         expert = int(np.argwhere((fixed < 0) & (copies > 1))[0][1])

@@ -6,6 +6,7 @@ model is solved layer by layer, in parallel.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import InvalidInput
-from placer.incidence import incidence
+from placer.incidence import Incidence, incidence
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -178,6 +179,13 @@ class Layer:
         first = self.key <= keys[(len(keys) - 1) // 2]
         return self._part(first), self._part(~first)
 
+    def sample(self, max_tokens: int) -> Layer:
+        """This layer seen through every n-th of its tokens, so that all sequences are represented."""
+        stride = -(-len(self.tokens) // max_tokens)
+        keep = np.zeros(len(self.tokens), bool)
+        keep[::stride] = True
+        return self if stride == 1 else replace(self._part(keep), margin=self.margin_value)
+
     def _part(self, keep: npt.NDArray[np.bool_]) -> Layer:
         key = None if self.key is None else self.key[keep]
         topk = self.tokens[keep]
@@ -187,8 +195,27 @@ class Layer:
     # -- judging an arrangement --------------------------------------------------------------------------
 
     def score(self, slots: Occupant) -> tuple[float, float]:
-        """(load above the caps in tokens, seconds of all tokens) of a slot array, copies included: least is best."""
-        counts = incidence(
+        """(load above the caps in tokens, seconds of all tokens) of a slot array, copies included: least is best.
+
+        With counts only, copies share an expert's load evenly and the seconds are 0.
+        """
+        if self.topk is None:
+            copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
+            share = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
+            rows = [share.reshape(-1, width).sum(axis=1) for width in self.unit_slots]
+            return sum(float(np.maximum(r - c, 0).sum()) for r, c in zip(rows, self.caps, strict=True)), 0.0
+        counts = self._counts(slots)
+        over = np.maximum(counts.load - self.caps[:, None], 0.0).sum()
+        return float(np.round(over, 6)), float(counts.remote.sum(axis=1) @ np.array(self.seconds))
+
+    def heat(self, slots: Occupant) -> float:
+        """Load over mean of the busiest unit, at the worst of the levels that placement can change; 1 without load."""
+        load = self._counts(slots).load
+        rows = [load[level, : self.num_slots // self.unit_slots[level]] for level in self.levels]
+        return max((float(row.max() / row.mean()) for row in rows if row.any()), default=1.0)
+
+    def _counts(self, slots: Occupant) -> Incidence:
+        return incidence(
             slots,
             self.tokens,
             num_experts=self.num_experts,
@@ -197,8 +224,6 @@ class Layer:
             server_ranks=self.server_ranks,
             rule=self.rule,
         )
-        over = np.maximum(counts.load - self.caps[:, None], 0.0).sum()
-        return float(np.round(over, 6)), float(counts.remote.sum(axis=1) @ np.array(self.seconds))
 
     def cost(self, occupant: Occupant) -> float:
         """Seconds of all tokens for an occupant array."""
@@ -213,7 +238,8 @@ class Layer:
 
     def unit_load(self, occupant: Occupant, slots: int) -> Floats:
         """Load of every unit of `slots` slots, tokens."""
-        return self.expert_load[occupant].reshape(-1, slots).sum(axis=1)
+        heat: Floats = self.expert_load[occupant].reshape(-1, slots).sum(axis=1)
+        return heat
 
     @property
     def tokens(self) -> npt.NDArray[np.int16]:
@@ -236,11 +262,14 @@ class Layer:
     @cached_property
     def cap_factor(self) -> float | None:
         """Largest load over mean that the search allows itself: `max_load` less the margin."""
+        return None if self.max_load is None else self.max_load - self.margin_value
+
+    @cached_property
+    def margin_value(self) -> float:
+        """The margin as a number, estimated where it is "auto"."""
         from placer.caps import margin
 
-        if self.max_load is None:
-            return None
-        return self.max_load - (margin(self) if self.margin == "auto" else float(self.margin))
+        return margin(self) if self.margin == "auto" else float(self.margin)
 
     @cached_property
     def caps(self) -> Floats:
@@ -272,7 +301,15 @@ class Layer:
         return occupant
 
     def slots(self, occupant: Occupant) -> Occupant:
-        """The slot array of an occupant array: experts ascending within a rank, -1 last."""
-        rows = np.sort(occupant.reshape(self.num_ranks, -1), axis=1)
-        rows[rows >= self.num_experts] = -1
-        return rows.ravel().astype(np.int32)
+        """The slot array of an occupant array, in its canonical order.
+
+        Experts ascend within a rank, -1 last; units that could change places (ranks of a server, servers of a
+        rack, ...) stand in the order of their first experts.
+        """
+        ordered = np.sort(occupant.reshape(self.num_ranks, -1), axis=1)
+        for slots, parent in itertools.pairwise((*self.unit_slots, self.num_slots)):
+            siblings = ordered.reshape(-1, parent // slots, slots)
+            order = np.argsort(siblings.min(axis=2), axis=1, kind="stable")
+            ordered = np.take_along_axis(siblings, order[:, :, None], axis=1)
+        flat = ordered.ravel()
+        return np.where(flat < self.num_experts, flat, -1).astype(np.int32)

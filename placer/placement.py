@@ -100,17 +100,23 @@ class Placement:
         object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
         layer_ids = tuple(int(i) for i in self.layer_ids) or tuple(range(len(slots)))
         if len(layer_ids) != len(slots):
-            raise InvalidInput(f"layer_ids: found {len(layer_ids)} entries, expected {len(slots)}, one per layer")
+            raise InvalidInput(
+                f"layer_ids: found {len(layer_ids)} entries, expected {len(slots)}, one per layer"
+            )
         object.__setattr__(self, "layer_ids", layer_ids)
         empty = (frozen < 0).reshape(len(frozen), ranks, -1)
         if (empty[..., :-1] & ~empty[..., 1:]).any():
             layer, rank = np.argwhere((empty[..., :-1] & ~empty[..., 1:]).any(axis=2))[0]
-            raise InvalidInput(f"layer {layer}, rank {rank}: an empty slot (-1) stands before a held one; expected last")
+            raise InvalidInput(
+                f"layer {layer}, rank {rank}: an empty slot (-1) stands before a held one; expected last"
+            )
         if (self.replica_count == 0).any():
             layer, expert = np.argwhere(self.replica_count == 0)[0]
             raise InvalidInput(f"layer {layer}: expert {expert} has no slot; every expert needs at least one")
         if self.rule not in REPLICA_CHOICES:
-            raise InvalidInput(f"dispatch rule: found {self.rule!r}, expected one of {', '.join(REPLICA_CHOICES)}")
+            raise InvalidInput(
+                f"dispatch rule: found {self.rule!r}, expected one of {', '.join(REPLICA_CHOICES)}"
+            )
         if self.table is not None:
             self._check_table()
 
@@ -118,7 +124,9 @@ class Placement:
         table = np.array(self.table, dtype=np.int32)
         expected = (self.num_layers, self.shape[0] * self.shape[1], self.num_experts)
         if table.shape != expected:
-            raise InvalidInput(f"dispatch table: found shape {table.shape}, expected {expected} (layer, server, expert)")
+            raise InvalidInput(
+                f"dispatch table: found shape {table.shape}, expected {expected} (layer, server, expert)"
+            )
         if table.min() < -1 or table.max() >= self.num_slots:
             raise InvalidInput(f"dispatch table: found a slot outside 0..{self.num_slots - 1}")
         for layer, rows in enumerate(table):
@@ -135,12 +143,12 @@ class Placement:
     @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return self.physical_to_logical.shape[0]
+        return int(self.physical_to_logical.shape[0])
 
     @property
     def num_slots(self) -> int:
         """Slots per layer, over all ranks."""
-        return self.physical_to_logical.shape[1]
+        return int(self.physical_to_logical.shape[1])
 
     @property
     def num_ranks(self) -> int:
@@ -262,7 +270,9 @@ class Placement:
             physical_to_logical=_integers(document, "physical_to_logical").astype(np.int32),
             num_experts=int(_integers(document, "num_experts")),
             shape=(int(shape[0]), int(shape[1]), int(shape[2])),
-            layer_ids=tuple(_integers(document, "layer_ids").ravel().tolist()) if "layer_ids" in document else (),
+            layer_ids=tuple(_integers(document, "layer_ids").ravel().tolist())
+            if "layer_ids" in document
+            else (),
             rule=str(dispatch.get("rule", "nearest")),
             table=_table(dispatch.get("table")),
             provenance=provenance if isinstance(provenance, dict) else {},
@@ -294,6 +304,8 @@ def _table(rows: Any) -> npt.NDArray[np.int32] | None:
     if rows is None:
         return None
     try:
-        return np.array([[[-1 if s is None else int(s) for s in row] for row in layer] for layer in rows], np.int32)
+        return np.array(
+            [[[-1 if s is None else int(s) for s in row] for row in layer] for layer in rows], np.int32
+        )
     except (TypeError, ValueError, OverflowError):
         raise InvalidInput("dispatch table: expected [layer][server][expert] of slots or null") from None

@@ -119,23 +119,32 @@ class Problem:
                 f"cannot hold {self.num_experts} experts"
             )
         if self.max_load is not None and not 1.0 <= self.max_load < math.inf:
-            raise InvalidInput(f"max load: found {self.max_load}, expected 1.0 or more (a unit's load over the mean)")
+            raise InvalidInput(
+                f"max load: found {self.max_load}, expected 1.0 or more (a unit's load over the mean)"
+            )
         if self.load_margin != "auto" and not (
             isinstance(self.load_margin, int | float) and 0 <= self.load_margin < 1
         ):
-            raise InvalidInput(f"load margin: found {self.load_margin!r}, expected 'auto' or a number in [0, 1)")
+            raise InvalidInput(
+                f"load margin: found {self.load_margin!r}, expected 'auto' or a number in [0, 1)"
+            )
         if self.replica_choice not in REPLICA_CHOICES:
             raise InvalidInput(
                 f"replica choice: found {self.replica_choice!r}, expected one of {', '.join(REPLICA_CHOICES)}"
             )
         needed = self.expert_bytes_per_gpu
         if needed is not None and needed + self.reserve > self.gpu_memory:
+            slots = self.num_layers * self.slots_per_rank
             raise Infeasible(
-                f"memory: a GPU needs {(needed + self.reserve) / 1e9:.1f} GB "
-                f"({self.num_layers} layers x {self.slots_per_rank} slots x "
-                f"{(self.model.expert_bytes(self.expert_dtype) or 0) / 1e6:.1f} MB + {self.reserve / 1e9:.1f} GB reserve), "
-                f"it has {self.gpu_memory / 1e9:.1f} GB"
+                f"memory: a GPU needs {(needed + self.reserve) / 1e9:.1f} GB ({self.num_layers} layers x "
+                f"{self.slots_per_rank} slots x {needed / slots / 1e6:.1f} MB + {self.reserve / 1e9:.1f} GB "
+                f"reserve), it has {self.gpu_memory / 1e9:.1f} GB"
             )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens behind the statistics."""
+        return self.traffic.num_tokens
 
     @property
     def num_layers(self) -> int:
@@ -209,7 +218,7 @@ def slots_per_rank(
     9
     >>> slots_per_rank(64, 24)
     Traceback (most recent call last):
-    placer.errors.InvalidInput: 64 experts do not divide by 24 GPUs; the nearest that fits is --redundant 8 (3 slots a GPU)
+    placer.errors.InvalidInput: 64 experts do not divide by 24 GPUs; the nearest ... is --redundant 8 (3 slots a GPU)
     """
     if slots_per_gpu is not None:
         if redundant is not None:
@@ -231,4 +240,3 @@ def slots_per_rank(
         f"{said} do not divide by {num_ranks} GPUs; the nearest that fits is --redundant {near} "
         f"({(num_experts + near) // num_ranks} slots a GPU)"
     )
-

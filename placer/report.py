@@ -117,7 +117,9 @@ class Report:
             path, sign, text = match.groups()  # type: ignore[union-attr]
             limit = float(text)
         except (AttributeError, ValueError):
-            raise InvalidInput(f"--require {gate!r}: expected PATH<=NUMBER, for example remote.server<=3.2") from None
+            raise InvalidInput(
+                f"--require {gate!r}: expected PATH<=NUMBER, for example remote.server<=3.2"
+            ) from None
         value = self.value(path)
         if not _COMPARE[sign](value, limit):
             raise GateFailed(f"{path} is {value:.6g}, required {sign} {limit:g}")

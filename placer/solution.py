@@ -6,19 +6,22 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+import placer
 from placer import caps
 from placer.clock import Clock
 from placer.errors import InvalidInput, NoPlacement, PlacerError
 from placer.layer import Layer
-from placer.placement import Placement, format_shape
+from placer.placement import Placement
 from placer.problem import Problem
 from placer.solvers import Method, Placed, method
+
+Slots = npt.NDArray[np.int32]
 
 SCHEMA = "placer/result/1"
 OBJECTIVE_UNIT = "seconds per token"
@@ -48,13 +51,20 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One layer is done; `objective` is the sum over all layers with the layers not yet done as they began."""
+    """One more layer is done.
+
+    `objective`, `linear` (the same for contiguous experts) and `bound` are seconds per token summed over the
+    layers done; `load` is the mean over them of the busiest unit's load over mean at the worst level that
+    placement can change; `improved` says whether the layer costs less than contiguous experts.
+    """
 
     seconds: float
     done: int
     layers: int
+    rounds: int
     method: str
     objective: float
+    linear: float
     bound: float | None
     load: float
     improved: bool
@@ -175,53 +185,177 @@ def solve(
 
     begun = time.monotonic()
     budget = budget or Budget()
+    if jobs < 1:
+        raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
     chosen = _usable(problem, method)
     starts = _initial(problem, initial)
-    _compile()
+    _compile(chosen, problem)
     clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, stop=stop)
-    workers = max(1, min(jobs, problem.num_layers))
-    tasks = (
-        joblib.delayed(_place)(problem.layer(i), method, seed, share, starts[i])
-        for i, share in enumerate(_shares(clock, problem.num_layers, workers))
-    )
+    workers = min(jobs, problem.num_layers)
     run = joblib.Parallel(
         n_jobs=workers, prefer="threads", return_as="generator_unordered", pre_dispatch=workers, batch_size=1
     )
+    tasks = (
+        joblib.delayed(_place)(problem.layer(index), method, seed, share, starts[index])
+        for index, share in enumerate(_shares(clock, problem.num_layers, workers))
+    )
+    log = _Log(problem, method, begun)
     done: dict[int, _Done] = {}
     for part in run(tasks):
-        done[part.layer] = part
+        done[part.index] = part
         if on_event is not None:
-            on_event(_event(done, part, begun, problem, method))
+            on_event(log.event(part))
     if len(done) < problem.num_layers:
         raise NoPlacement("stopped before every layer had a placement")
-    return _result(problem, method, seed, [done[i] for i in range(problem.num_layers)], clock, begun, chosen)
+    return _result(problem, method, seed, [done[i] for i in range(problem.num_layers)], clock, begun)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Done:
-    """One layer's outcome: slots, and cost and excess as the layer itself counts them."""
+    """One layer's outcome; costs in seconds of all tokens."""
 
-    layer: int
+    index: int
     placed: Placed
-    start_cost: float
+    linear_cost: float
     cost: float
-    load: float
+    heat: float
     raised: list[dict[str, Any]]
 
 
-def _place(
-    layer: Layer, name: str, seed: int, clock: Clock, initial: npt.NDArray[np.int32] | None
-) -> _Done:
+def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None) -> _Done:
     rng = np.random.default_rng([seed, layer.index])
     placed = method(name).place(layer, rng=rng, clock=clock, initial=initial)
-    if initial is not None and score(layer, initial) < score(layer, placed.slots):
-        placed = Placed(slots=initial, bound=placed.bound, rounds=placed.rounds)
-    linear = layer.slots(layer.linear())
+    excess, cost = layer.score(placed.slots)
+    if placed.claim is not None and not math.isclose(placed.claim, cost, rel_tol=1e-9, abs_tol=1e-18):
+        raise PlacerError(
+            f"layer {layer.index}: method {name} claims a cost of {placed.claim!r}, scored {cost!r}"
+        )
+    if initial is not None and layer.score(initial) < (excess, cost):
+        placed = replace(placed, slots=initial)
+        excess, cost = layer.score(initial)
     return _Done(
-        layer=layer.index,
+        index=layer.index,
         placed=placed,
-        start_cost=score(layer, linear)[1],
-        cost=score(layer, placed.slots)[1],
-        load=busiest(layer, placed.slots),
-        raised=caps.raised(layer, tuple(map(str, range(len(layer.unit_slots))))),
+        linear_cost=layer.cost(layer.linear()),
+        cost=cost,
+        heat=layer.heat(placed.slots),
+        raised=caps.raised(layer),
     )
+
+
+def _usable(problem: Problem, name: str) -> Method:
+    chosen = method(name)
+    has = {"load"} | ({"pairs"} if problem.traffic.pairs is not None else set())
+    has |= {"routes", "pairs"} if problem.routes is not None else set()
+    if missing := chosen.needs - has:
+        raise InvalidInput(
+            f"method {name} needs {', '.join(sorted(missing))}; the input has only {', '.join(sorted(has))}"
+        )
+    return chosen
+
+
+def _initial(problem: Problem, initial: Placement | None) -> list[Slots | None]:
+    if initial is None:
+        return [None] * problem.num_layers
+    expected = (problem.num_layers, problem.num_slots, problem.num_experts, problem.topology.shape)
+    found = (initial.num_layers, initial.num_slots, initial.num_experts, initial.shape)
+    if found != expected:
+        raise InvalidInput(
+            f"initial placement: found (layers, slots, experts, shape) {found}, expected {expected}"
+        )
+    return list(initial.physical_to_logical)
+
+
+def _compile(chosen: Method, problem: Problem) -> None:
+    """Run the method on a toy layer with the problem's levels, so that compilation is not on the clock."""
+    slots = problem.num_ranks * 2
+    tokens = np.stack([np.arange(0, slots), np.arange(0, slots) ^ 1], axis=1).astype(np.int16)[:64]
+    toy = replace(
+        problem.layer(0),
+        num_experts=slots,
+        slots_per_rank=2,
+        load=np.bincount(tokens.ravel(), minlength=slots),
+        pair_counts=None,
+        topk=tokens,
+        key=np.arange(len(tokens), dtype=np.uint64),
+        num_groups=1,
+    )
+    chosen.place(toy, rng=np.random.default_rng(0), clock=Clock.start(seconds=10, rounds=1))
+
+
+def _shares(clock: Clock, layers: int, workers: int) -> Iterator[Clock]:
+    """A clock for each layer, made when the layer begins: time left is shared by the layers not yet begun."""
+    for index in range(layers):
+        waves = math.ceil((layers - index) / workers)
+        deadline = math.inf if clock.deadline == math.inf else time.monotonic() + clock.remaining / waves
+        yield replace(clock, deadline=deadline)
+
+
+class _Log:
+    """Turns finished layers into events; layers not yet done count as linear."""
+
+    def __init__(self, problem: Problem, method: str, begun: float) -> None:
+        self.layers, self.tokens = problem.num_layers, problem.num_tokens
+        self.method, self.begun = method, begun
+        self.done: list[_Done] = []
+
+    def event(self, part: _Done) -> Event:
+        self.done.append(part)
+        bounds = [p.placed.bound for p in self.done]
+        known = [b for b in bounds if b is not None]
+        return Event(
+            seconds=time.monotonic() - self.begun,
+            done=len(self.done),
+            layers=self.layers,
+            rounds=sum(p.placed.rounds for p in self.done),
+            method=self.method,
+            objective=sum(p.cost for p in self.done) / self.tokens,
+            linear=sum(p.linear_cost for p in self.done) / self.tokens,
+            bound=sum(known) / self.tokens if len(known) == len(bounds) else None,
+            load=float(np.mean([p.heat for p in self.done])),
+            improved=part.cost < part.linear_cost,
+        )
+
+
+def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Clock, begun: float) -> Result:
+    placement = Placement(
+        physical_to_logical=np.stack([part.placed.slots for part in done]),
+        num_experts=problem.num_experts,
+        shape=problem.topology.shape,
+        layer_ids=problem.layer_ids,
+        rule=problem.replica_choice,
+        provenance=_provenance(problem, name, seed),
+    )
+    bounds = [part.placed.bound for part in done]
+    bound = None
+    if all(b is not None for b in bounds):
+        bound = sum(b for b in bounds if b is not None) / problem.num_tokens
+    objective = sum(part.cost for part in done) / problem.num_tokens
+    proved = bound is not None and math.isclose(bound, objective, rel_tol=1e-9)
+    names = [level.name for level in problem.topology.levels]
+    return Result(
+        placement=placement,
+        method=name,
+        seed=seed,
+        rounds=sum(part.placed.rounds for part in done),
+        seconds=time.monotonic() - begun,
+        status="interrupted" if clock.stop.is_set() else "optimal" if proved else "feasible",
+        objective=objective,
+        bound=bound,
+        bound_method=None if bound is None else name,
+        caps_raised=[{**row, "level": names[int(row["level"])]} for part in done for row in part.raised],
+        notes=tuple(dict.fromkeys(note for part in done for note in part.placed.notes)),
+    )
+
+
+def _provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:
+    return {
+        "placer": placer.__version__,
+        "method": name,
+        "seed": seed,
+        "topology": problem.topology.name,
+        "model": problem.model.name,
+        "tokens": problem.num_tokens,
+        "max_load": problem.max_load,
+        "load_margin": problem.load_margin,
+    }

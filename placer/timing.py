@@ -39,7 +39,9 @@ def phase_seconds(entering: Floats, vector_bytes: float, topology: Topology) -> 
     return latency + slowest
 
 
-def compute_seconds(load: Floats, experts_held: npt.NDArray[np.int64], topology: Topology, model: Model) -> float:
+def compute_seconds(
+    load: Floats, experts_held: npt.NDArray[np.int64], topology: Topology, model: Model
+) -> float:
     """Seconds of the slowest GPU's experts: its arithmetic or its weights read once, whichever is longer.
 
     Parameters

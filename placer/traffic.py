@@ -87,7 +87,9 @@ class Traffic:
         if not isinstance(other, Traffic):
             return NotImplemented
         if self.load.shape != other.load.shape:
-            raise InvalidInput(f"traffic: found loads of shape {other.load.shape}, expected {self.load.shape}")
+            raise InvalidInput(
+                f"traffic: found loads of shape {other.load.shape}, expected {self.load.shape}"
+            )
 
         def both(a: Any, b: Any) -> Any:
             return None if a is None or b is None else a + b

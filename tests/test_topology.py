@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.errors import InvalidInput
-from placer.topology import Level, Topology, parse_quantity, shipped
+from placer.quantity import parse_quantity
+from placer.topology import Level, Topology, shipped
 
 FILE = Path(__file__).parents[1] / "topologies" / "dgx-h100.toml"
 SHAPES = {

@@ -6,6 +6,7 @@ The kernel modules import numba (a quarter of a second), so they are imported wh
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +22,8 @@ def descend(
     exact: bool,
     steps: int = 2000,
     patience: int = 400,
-    seed: int = 0,
-) -> Occupant:
+    rng: np.random.Generator,
+) -> tuple[Occupant, float]:
     """The best arrangement within the caps that tabu search finds from `start`.
 
     Parameters
@@ -34,18 +35,20 @@ def descend(
         Search on touched units; otherwise on pairs cut, which is several times faster and nearly as good.
     steps, patience : int
         Swaps at most, and swaps without a new best after which to stop.
-    seed : int
-        Of the rests of moved experts.
+    rng : numpy.random.Generator
+        Draws how long moved experts rest.
 
     Returns
     -------
-    (num_slots,) int32
+    occupant : (num_slots,) int32
         The best arrangement within the caps; from a start above the caps, the one with the least excess.
+    value : float
+        Its touched units, or pairs cut, weighted by `layer.weights_of_levels`.
     """
     from placer.search.tabu import tabu
 
     if len(layer.levels) == 0 or not layer.load.any():
-        return start
+        return start, math.nan
     if exact:
         sets, count = layer.distinct
         first, uses = layer.uses
@@ -54,7 +57,8 @@ def descend(
         sets, count = np.zeros((0, 2), np.int16), np.zeros(0, np.int64)
         first, uses = np.zeros(1, np.int64), np.zeros(0, np.int32)
         pairs = layer.pairs
-    best: Occupant = tabu(
+    tenure = max(2, layer.num_slots // 8)  # mean swaps for which a moved expert rests
+    best, value, _ = tabu(
         start.astype(np.int32),
         layer.expert_load,
         exact,
@@ -67,9 +71,7 @@ def descend(
         layer.weights_of_levels,
         layer.caps[list(layer.levels)],
         layer.num_slots // int(layer.sizes[0]),
-        steps,
         patience,
-        max(2, layer.num_slots // 8),
-        seed,
-    )[0]
-    return best
+        rng.integers(tenure // 2 + 1, tenure + tenure // 2 + 2, (steps, 2)),
+    )
+    return best, float(value)

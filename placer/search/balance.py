@@ -7,7 +7,7 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def balanced(load, size):  # type: ignore[no-untyped-def]
+def balanced(load, size):
     """Experts on positions so that the busiest unit of every level is light.
 
     Longest processing time first, top-down: the next heaviest expert goes to the lightest outermost unit with
@@ -27,13 +27,13 @@ def balanced(load, size):  # type: ignore[no-untyped-def]
     for expert in order:
         low, high = 0, positions
         for level in range(levels - 1, -1, -1):
-            best = -1
+            coolest = -1
             for u in range(low // size[level], high // size[level]):
-                if used[level, u] < size[level] and (best < 0 or heat[level, u] < heat[level, best]):
-                    best = u
-            low, high = best * size[level], (best + 1) * size[level]
-            used[level, best] += 1
-            heat[level, best] += load[expert]
+                if used[level, u] < size[level] and (coolest < 0 or heat[level, u] < heat[level, coolest]):
+                    coolest = u
+            low, high = coolest * size[level], (coolest + 1) * size[level]
+            used[level, coolest] += 1
+            heat[level, coolest] += load[expert]
         p = low
         while occupant[p] >= 0:
             p += 1
@@ -82,7 +82,7 @@ def balanced(load, size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _swap(i, j, occupant, load, heat, size):  # type: ignore[no-untyped-def]
+def _swap(i, j, occupant, load, heat, size):
     d = load[occupant[j]] - load[occupant[i]]
     for level in range(size.shape[0]):
         heat[level, i // size[level]] += d
@@ -91,7 +91,7 @@ def _swap(i, j, occupant, load, heat, size):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _peaks(heat, size, scale, positions):  # type: ignore[no-untyped-def]
+def _peaks(heat, size, scale, positions):
     total = 0.0
     for level in range(size.shape[0]):
         peak = 0.0

@@ -7,7 +7,7 @@ from numba import njit
 
 
 @njit(cache=True, nogil=True)
-def count_pairs(tokens, weights, k, pairs):  # type: ignore[no-untyped-def]
+def count_pairs(tokens, weights, k, pairs):
     """Add the pair counts of `tokens` to `pairs`.
 
     `k` is a tuple of length top_k: its length is known when the kernel is compiled, which lets the two
@@ -35,7 +35,7 @@ def count_pairs(tokens, weights, k, pairs):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def count_transitions(here, there, transitions):  # type: ignore[no-untyped-def]
+def count_transitions(here, there, transitions):
     """Add to `transitions` (E, E) how often expert e here goes with expert f in the next layer."""
     for t in range(here.shape[0]):
         for i in range(here.shape[1]):
@@ -49,7 +49,7 @@ def count_transitions(here, there, transitions):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def count_touched(tokens, unit_of_expert, touched):  # type: ignore[no-untyped-def]
+def count_touched(tokens, unit_of_expert, touched):
     """Add to `touched` (levels, units) how many tokens touch each unit; one copy of each expert.
 
     Parameters: tokens (n, top_k) integer, negative or >= E dropped; unit_of_expert (levels, E) int32.
@@ -69,7 +69,7 @@ def count_touched(tokens, unit_of_expert, touched):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def expect_touched(  # type: ignore[no-untyped-def]
+def expect_touched(
     tokens, candidates, num_candidates, size, server, touched, remote, load, remote_load, foreign
 ):
     """Expected touched units and loads when experts have copies and homes are uniform over ranks.
@@ -121,3 +121,18 @@ def expect_touched(  # type: ignore[no-untyped-def]
                     if u != own:
                         remote[level, u] += (1.0 - miss[u]) * share
                     miss[u] = 1.0
+
+
+@njit(cache=True, nogil=True)
+def count_covered(sets, weights, contents):
+    """Weight of the sets that meet each content; both are bit masks, (n, words) and (c, words) uint64."""
+    covered = np.zeros(contents.shape[0], np.int64)
+    for c in range(contents.shape[0]):
+        total = 0
+        for t in range(sets.shape[0]):
+            for x in range(sets.shape[1]):
+                if sets[t, x] & contents[c, x]:
+                    total += weights[t]
+                    break
+        covered[c] = total
+    return covered

@@ -32,7 +32,7 @@ FAR = 1e300
 
 
 @njit(cache=True, nogil=True)
-def build_exact(tokens, weights, occupant, size, level_weight, units):  # type: ignore[no-untyped-def]
+def build_exact(tokens, weights, occupant, size, level_weight, units):
     """Tables H (levels, P, units), Q (levels, P), S (P, P) and the weighted touched units, from scratch."""
     levels, positions = size.shape[0], occupant.shape[0]
     position_of = np.empty(positions, np.int32)
@@ -74,7 +74,7 @@ def build_exact(tokens, weights, occupant, size, level_weight, units):  # type: 
 
 
 @njit(cache=True, nogil=True)
-def build_pairs(pairs, occupant, size, level_weight, units):  # type: ignore[no-untyped-def]
+def build_pairs(pairs, occupant, size, level_weight, units):
     """The same tables for the pair surrogate, and the weighted pairs cut; `pairs` is symmetric (P, P)."""
     levels, positions = size.shape[0], occupant.shape[0]
     H = np.zeros((levels, positions, units), np.int64)
@@ -96,7 +96,7 @@ def build_pairs(pairs, occupant, size, level_weight, units):  # type: ignore[no-
 
 
 @njit(cache=True, nogil=True)
-def _swap_tables(i, j, occupant, load, H, Q, S):  # type: ignore[no-untyped-def]
+def _swap_tables(i, j, occupant, load, H, Q, S):
     """Let the rows of positions i < j change place with their experts."""
     occupant[i], occupant[j] = occupant[j], occupant[i]
     load[i], load[j] = load[j], load[i]
@@ -114,7 +114,7 @@ def _swap_tables(i, j, occupant, load, H, Q, S):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def apply_exact(  # type: ignore[no-untyped-def]
+def apply_exact(
     i, j, occupant, position_of, load, H, Q, S, tokens, weights, first_use, uses, size, level_weight
 ):
     """Swap positions i < j and bring the exact tables up to date."""
@@ -192,7 +192,7 @@ def apply_exact(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def _alone(level, p, w, at, n, Q, S, level_weight):  # type: ignore[no-untyped-def]
+def _alone(level, p, w, at, n, Q, S, level_weight):
     """Add weight w to the tokens in which position p is alone in its unit; `at` holds the token's positions."""
     Q[level, p] -= w
     value = level_weight[level] * w
@@ -205,7 +205,7 @@ def _alone(level, p, w, at, n, Q, S, level_weight):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_weight):  # type: ignore[no-untyped-def]
+def apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_weight):
     """Swap positions i < j and bring the pair tables up to date."""
     e, f = occupant[i], occupant[j]
     position_of[e], position_of[f] = j, i
@@ -222,7 +222,7 @@ def apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_w
             H[level, p, b] -= change
         for p in range(positions):
             u = p // size[level]
-            if u == a or u == b:
+            if u in (a, b):
                 Q[level, p] = H[level, p, u]
     for p in range(positions):
         for x in (i, j):
@@ -237,7 +237,7 @@ def apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_w
 
 
 @njit(cache=True, nogil=True)
-def move_costs(H, Q, size, level_weight, inner, costs):  # type: ignore[no-untyped-def]
+def move_costs(H, Q, size, level_weight, inner, costs):
     """Fill `costs` (inner units, P): the change when the expert on p alone moved to that inner unit."""
     positions = Q.shape[1]
     costs[:] = 0.0
@@ -252,7 +252,7 @@ def move_costs(H, Q, size, level_weight, inner, costs):  # type: ignore[no-untyp
 
 
 @njit(cache=True, nogil=True)
-def _excess(load, size, cap):  # type: ignore[no-untyped-def]
+def _excess(load, size, cap):
     """Load of every unit (levels, P) and the total load above the caps."""
     levels, positions = size.shape[0], load.shape[0]
     unit_load = np.zeros((levels, positions), np.float64)
@@ -266,9 +266,7 @@ def _excess(load, size, cap):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def best_swap(  # type: ignore[no-untyped-def]
-    costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row
-):
+def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row):
     """The best swap of positions in different inner units.
 
     `frozen` (P,) marks tabu positions; a swap with one of them is taken only when its change is below `wanted`.
@@ -304,10 +302,22 @@ def best_swap(  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def tabu(  # type: ignore[no-untyped-def]
-    occupant, expert_load, exact, tokens, weights, first_use, uses, pairs,
-    size, level_weight, cap, units, steps, patience, tenure, seed,
-):  # fmt: skip
+def tabu(
+    occupant,
+    expert_load,
+    exact,
+    tokens,
+    weights,
+    first_use,
+    uses,
+    pairs,
+    size,
+    level_weight,
+    cap,
+    units,
+    patience,
+    rests,
+):
     """Search from `occupant`; return the best occupant within the caps, its cost, and whether it is within.
 
     Parameters
@@ -319,10 +329,9 @@ def tabu(  # type: ignore[no-untyped-def]
     pairs : (P, P) int64, symmetric, zero diagonal; only for the surrogate
     size, level_weight, cap : (levels,) positions per unit, weight, cap in tokens (inf = none), inside out
     units : int, units of the innermost level
-    steps, patience : stop after so many swaps, or so many without a new best
-    tenure : mean number of swaps for which a moved expert rests
+    patience : stop after so many swaps without a new best
+    rests : (steps, 2) int64, swaps for which the two experts moved in a step rest; its length bounds the swaps
     """
-    np.random.seed(seed)
     positions = occupant.shape[0]
     occupant = occupant.copy()
     position_of = np.empty(positions, np.int32)
@@ -344,7 +353,7 @@ def tabu(  # type: ignore[no-untyped-def]
     best_cost, best_excess = cost, excess
     slack = 1e-9 * (1.0 + abs(cost))
     penalty, inside, outside, idle = 1.0, 0, 0, 0
-    for step in range(steps):
+    for step in range(rests.shape[0]):
         move_costs(H, Q, size, level_weight, inner, costs)
         for p in range(positions):
             frozen[p] = rests_until[occupant[p]] > step
@@ -354,15 +363,28 @@ def tabu(  # type: ignore[no-untyped-def]
             break
         if exact:
             apply_exact(
-                i, j, occupant, position_of, load, H, Q, S, tokens, weights, first_use, uses, size, level_weight
+                i,
+                j,
+                occupant,
+                position_of,
+                load,
+                H,
+                Q,
+                S,
+                tokens,
+                weights,
+                first_use,
+                uses,
+                size,
+                level_weight,
             )
         else:
             apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_weight)
         before = excess
         unit_load, excess = _excess(load, size, cap)
         cost += change - penalty * (excess - before)
-        rests_until[occupant[i]] = step + 1 + tenure // 2 + np.random.randint(tenure + 1)
-        rests_until[occupant[j]] = step + 1 + tenure // 2 + np.random.randint(tenure + 1)
+        rests_until[occupant[i]] = step + rests[step, 0]
+        rests_until[occupant[j]] = step + rests[step, 1]
         if excess < best_excess or (excess == best_excess and cost < best_cost - slack):
             best[:] = occupant
             best_cost, best_excess = cost, excess

@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -42,13 +42,20 @@ class Placed:
         Logical expert of each slot, -1 = empty and last within its rank.
     bound : float or None
         Proven lower bound on the layer's cost (seconds of all tokens), where the method has one.
+    claim : float or None
+        The layer's cost (seconds of all tokens) as the method itself counts it; `placer.solve` scores the slots
+        anew and raises when the two differ.
     rounds : int
         Rounds of search that were run.
+    notes : tuple of str
+        What the method decided by itself, in words.
     """
 
     slots: npt.NDArray[np.int32]
     bound: float | None = None
+    claim: float | None = None
     rounds: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class Method(Protocol):
@@ -58,7 +65,12 @@ class Method(Protocol):
     handles: frozenset[str]
 
     def place(
-        self, layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: npt.NDArray[np.int32] | None = None
+        self,
+        layer: Layer,
+        *,
+        rng: np.random.Generator,
+        clock: Clock,
+        initial: npt.NDArray[np.int32] | None = None,
     ) -> Placed:
         """Arrange one layer."""
         ...
@@ -78,7 +90,7 @@ def method(name: str) -> Method:
         When no method has this name; the message lists near ones.
     """
     if name in _shipped():
-        return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+        return cast(Method, importlib.import_module(f"{__name__}.{name}"))
     outside = _outside()
     if name in outside:
         loaded: Method = outside[name].load()

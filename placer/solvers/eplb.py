@@ -31,7 +31,7 @@ def place(
     layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: npt.NDArray[np.int32] | None = None
 ) -> Placed:
     """EPLB's map with the meeting copies parted; copies beyond one a GPU leave their slot empty."""
-    servers = layer.num_slots // layer.unit_slots[min(1, len(layer.unit_slots) - 1)]
+    servers = layer.num_ranks // layer.server_ranks
     slots = rebalance(layer.load[None], layer.num_slots, layer.num_groups, servers, layer.num_ranks)[0]
     slots = part_copies(slots, layer.load, layer.num_ranks, servers)
     rows = slots.reshape(layer.num_ranks, -1).astype(np.int32)
@@ -68,7 +68,7 @@ def rebalance(load: npt.ArrayLike, num_replicas: int, num_groups: int, num_nodes
     Examples
     --------
     >>> rebalance([[90, 10, 10, 10]], num_replicas=6, num_groups=1, num_nodes=1, num_gpus=2).tolist()
-    [[0, 0, 2, 0, 1, 3]]
+    [[0, 0, 3, 0, 1, 2]]
     """
     table = np.asarray(load, np.float32)
     if table.ndim != 2 or table.size == 0:
@@ -127,10 +127,10 @@ def _replicate(load: Loads, slots: int) -> tuple[Ids, Loads]:
 def part_copies(slots: Ids, load: npt.NDArray[np.int64], num_ranks: int, num_servers: int) -> Ids:
     """Swap copies between GPUs until no GPU holds an expert twice that another GPU could hold instead.
 
-    A copy prefers a swap that does not raise the largest load, then one inside its server, then the one that
-    leaves the lighter pair of GPUs. It trades places with an expert that its own GPU lacks or that the other
-    GPU holds twice, so every swap leaves fewer meetings. A GPU without the copy's expert always offers one of
-    the two, for it has as many slots, hence only copies beyond one a GPU stay where they meet.
+    A copy prefers a swap inside its server, which keeps gate groups whole, and of those the one that leaves
+    the lightest pair of GPUs. It trades places with an expert that its own GPU lacks or that the other GPU
+    holds twice, so every swap leaves fewer meetings. A GPU without the copy's expert always offers one of the
+    two, for it has as many slots; hence only copies beyond one a GPU stay where they meet.
 
     Parameters
     ----------
@@ -148,7 +148,7 @@ def part_copies(slots: Ids, load: npt.NDArray[np.int64], num_ranks: int, num_ser
     Examples
     --------
     >>> part_copies(np.array([0, 0, 1, 2]), np.array([4, 2, 2]), num_ranks=2, num_servers=1).tolist()
-    [0, 1, 0, 2]
+    [1, 0, 0, 2]
     """
     slots = slots.copy()
     num_experts = len(load)
@@ -169,9 +169,7 @@ def part_copies(slots: Ids, load: npt.NDArray[np.int64], num_ranks: int, num_ser
                 continue
             change = share[slots] - share[expert]
             peak = np.maximum(heat[own] + change, heat[rank] - change)
-            raises = peak > heat.max() * (1 + 1e-9)
-            order = np.lexsort((peak, server != server[slot], raises, ~fits))
-            other = order[0]
+            other = np.lexsort((peak, server != server[slot], ~fits))[0]
             held[own, expert] -= 1
             held[own, slots[other]] += 1
             held[rank[other], slots[other]] -= 1

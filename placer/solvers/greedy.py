@@ -1,10 +1,10 @@
 """Equal groups grown around seeds: minimises, greedily, the co-activation between groups.
 
-Idea: grow groups to full size, one after the other. The first starts at the heaviest pair, each further one at
-the expert least connected to all placed ones; a group takes the expert with the highest mean co-activation
+Idea: grow groups to full size, one after the other. The first starts at the heaviest pair, each further one
+at the expert least connected to all placed ones; a group takes the expert with the highest mean co-activation
 with its members. Top-down: racks are filled first, then the servers in them, then their GPUs.
-Complexity O(levels * E^2). Wins as an instant start on routers with clusters; loses to any swap search, for the
-last group gets what is left over, to linear where gate groups are the clusters, and it does not see load.
+Complexity O(levels * E^2). Wins as an instant start on routers with clusters; loses to any swap search, for
+the last group gets what is left over, to linear where gate groups are the clusters, and it ignores load.
 
 References: Occult, Luo et al., ICML 2025, arXiv:2505.13345.
 """
@@ -53,7 +53,7 @@ def top_down(layer: Layer, divide: Callable[[Ints, Ints], Ints]) -> npt.NDArray[
         for members in units:
             sizes = np.full(room // size, len(members) // (room // size))
             sizes[: len(members) % len(sizes)] += 1
-            group = divide(layer.pairs[np.ix_(members, members)], sizes)
+            group = divide(layer.pairs[np.ix_(members, members)], sizes) if len(members) else members
             inner += [members[group == g] for g in range(len(sizes))]
         units, room = inner, size
     rows = np.full((len(units), room), -1, np.int32)

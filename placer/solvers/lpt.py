@@ -1,10 +1,10 @@
-"""Load balance only: minimises the busiest unit of every level together, and ignores who is chosen with whom.
+"""Load balance only: minimises the busiest unit of all levels together, blind to who is chosen with whom.
 
-Idea: longest processing time first, top-down. The next heaviest expert goes to the lightest rack with room, in
-it to the lightest server, in that to the lightest GPU. Swaps then even out what is left. It is the arrangement
-that load caps are measured against, so it keeps every cap.
-Complexity O(slots^2) a swap, at most 40 * slots swaps, compiled. Wins on stragglers when links are fast; loses
-on traffic, where it is as bad as random.
+Idea: longest processing time first, top-down. The next heaviest expert goes to the lightest rack with room,
+in it to the lightest server, in that to the lightest GPU. Swaps then even out what is left. Load caps are
+measured against this arrangement, so it keeps every cap.
+Complexity O(slots^2) a swap, at most 40 * slots swaps, compiled. Wins on stragglers when links are fast;
+loses on traffic, where it is as bad as random.
 
 References: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969, doi:10.1137/0117039.
 """

@@ -1,6 +1,6 @@
-"""Swap refinement: minimises the level-weighted number of touched units, the exact objective, by steepest descent.
+"""Steepest descent over swaps: minimises the exact number of touched units, levels weighted by their cost.
 
-Idea: from token-by-unit incidences, sparse products give how the objective changes for *every* pair of positions
+Idea: from token-by-unit incidences, sparse products give the objective's change for *every* pair of positions
 at once. Take the best swap among those that do not add load above the caps, rebuild, repeat until none helps.
 While a cap is broken, swaps that lower the excess come first.
 Complexity O(T k^2 + P^2) per level and swap, for T distinct expert sets of k and P positions. Wins where no
@@ -45,7 +45,8 @@ def place(
             break
         occupant[[*swap]] = occupant[[*swap[::-1]]]
         rounds += 1
-    return Placed(slots=layer.slots(occupant), rounds=rounds)
+    claim = layer.cost_of(weighted_touched(layer, occupant))
+    return Placed(slots=layer.slots(occupant), claim=claim, rounds=rounds)
 
 
 def _start(layer: Layer, initial: npt.NDArray[np.int32] | None) -> Occupant:
@@ -55,7 +56,8 @@ def _start(layer: Layer, initial: npt.NDArray[np.int32] | None) -> Occupant:
     if (copies != 1).any():
         expert = int(np.argmax(copies != 1))
         raise InvalidInput(
-            f"initial: expert {expert} of layer {layer.index} has {copies[expert]} slots, expected 1 (refine makes no copies)"
+            f"initial: expert {expert} of layer {layer.index} has {copies[expert]} slots, expected 1, "
+            "for refine makes no copies"
         )
     return layer.occupant(initial)
 
@@ -88,6 +90,36 @@ def best_swap(layer: Layer, occupant: Occupant) -> tuple[int, int] | None:
     return low, high
 
 
+def weighted_touched(layer: Layer, occupant: Occupant) -> float:
+    """The objective: touched units summed over tokens, levels weighted by `Layer.weights_of_levels`.
+
+    Parameters
+    ----------
+    layer : Layer
+    occupant : (num_slots,) int32
+
+    Examples
+    --------
+    >>> from placer.problem import Problem
+    >>> from placer.topology import Topology
+    >>> from placer.trace import Trace
+    >>> trace = Trace(topk_idx=np.array([[[0, 2]], [[0, 2]], [[1, -1]]]), num_experts=4)
+    >>> machine = Topology.load("dgx-h100").with_shape("1x1x2")
+    >>> layer = Problem.from_trace(trace, machine, max_load=None).layer(0)
+    >>> weighted_touched(layer, layer.linear())
+    5.0
+    """
+    sets, count = layer.distinct
+    position = layer.positions(occupant)[sets]
+    total = 0.0
+    for size, weight in zip(layer.sizes.tolist(), layer.weights_of_levels, strict=True):
+        unit = np.sort(np.where(sets >= 0, position // size, -1), axis=1)
+        first = unit >= 0
+        first[:, 1:] &= unit[:, 1:] != unit[:, :-1]
+        total += float(weight * (count @ first.sum(axis=1)))
+    return total
+
+
 def swap_changes(layer: Layer, occupant: Occupant) -> Floats:
     """Exact change of the objective for swapping the occupants of any two positions.
 
@@ -110,9 +142,12 @@ def swap_changes(layer: Layer, occupant: Occupant) -> Floats:
 
     Examples
     --------
-    >>> from placer.layer import Layer
-    >>> layer = Layer(index=0, num_experts=4, num_ranks=2, slots_per_rank=2, unit_slots=(2, 4), unit_cost=(1.0, 0.0),
-    ...     max_load=None, margin=0.0, load=np.array([2, 2, 2, 0]), topk=np.array([[0, 2], [0, 2], [1, -1]], np.int16))
+    >>> from placer.problem import Problem
+    >>> from placer.topology import Topology
+    >>> from placer.trace import Trace
+    >>> trace = Trace(topk_idx=np.array([[[0, 2]], [[0, 2]], [[1, -1]]]), num_experts=4)
+    >>> machine = Topology.load("dgx-h100").with_shape("1x1x2")
+    >>> layer = Problem.from_trace(trace, machine, max_load=None, load_margin=0.0).layer(0)
     >>> swap_changes(layer, layer.linear())
     array([[ 0., 0., 0., -2.],
            [ 0., 0., -2., 0.],
@@ -154,14 +189,17 @@ def excess_changes(layer: Layer, occupant: Occupant) -> Floats:
 
     Examples
     --------
-    >>> from placer.layer import Layer
-    >>> layer = Layer(index=0, num_experts=4, num_ranks=2, slots_per_rank=2, unit_slots=(2, 4), unit_cost=(1.0, 0.0),
-    ...     max_load=1.0, margin=0.0, load=np.array([5, 4, 3, 2]))
-    >>> excess_changes(layer, layer.linear())
-    array([[ 0., 0., -2., -2.],
-           [ 0., 0., -1., -2.],
-           [-2., -1., 0., 0.],
-           [-2., -2., 0., 0.]])
+    >>> from placer.problem import Problem
+    >>> from placer.topology import Topology
+    >>> from placer.trace import Trace
+    >>> trace = Trace(topk_idx=np.array([[[0, 2]], [[0, 2]], [[1, -1]]]), num_experts=4)
+    >>> machine = Topology.load("dgx-h100").with_shape("1x1x2")
+    >>> layer = Problem.from_trace(trace, machine, max_load=1.0, load_margin=0.0).layer(0)
+    >>> excess_changes(layer, np.array([0, 2, 1, 3], np.int32))  # 4 tokens on one GPU, 1 on the other
+    array([[ 0., 0., -1., -1.],
+           [ 0., 0., -1., -1.],
+           [-1., -1., 0., 0.],
+           [-1., -1., 0., 0.]])
     """
     load = layer.expert_load[occupant]
     total = np.zeros((layer.num_slots, layer.num_slots))

@@ -3,8 +3,8 @@
 Idea: expert e lives on rank e mod R, vLLM's ``round_robin`` placement strategy. Neighbours in a gate group
 then stand on different ranks, which evens out load when a router favours whole groups. Spare slots stay
 empty.
-Complexity O(slots). Wins on load when hot experts are neighbours; loses on traffic whenever the router keeps a
-token's experts within gate groups, for it tears every group apart.
+Complexity O(slots). Wins on load when hot experts are neighbours; loses on traffic whenever the router keeps
+a token's experts within gate groups, for it tears every group apart.
 
 References: vLLM, ``--expert-placement-strategy``, https://docs.vllm.ai/en/latest/serving/expert_parallel_deployment.html
 """

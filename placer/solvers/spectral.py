@@ -1,8 +1,8 @@
-"""Spectral grouping: minimises the normalised cut of the co-activation graph, relaxed and rounded to equal groups.
+"""Spectral grouping: minimises the normalised cut of the co-activation graph, relaxed, then rounded.
 
-Idea: the leading eigenvectors of the normalised co-activation matrix place every expert in a space where
-experts chosen together lie close. Balanced k-means cuts that space: centres alternate with an optimal assignment
-of experts to places (Hungarian method), so groups are equal. Top-down over racks, servers, GPUs; best of tries.
+Idea: the leading eigenvectors of the normalised co-activation matrix give every expert a point, close to
+those it is chosen with. Balanced k-means cuts that space: centres alternate with an optimal assignment of
+experts to places (Hungarian method), so groups are equal. Top-down over racks, servers, GPUs; best of tries.
 Complexity O(E^3) a level and round of k-means. Wins on few large groups with a clear block structure; loses
 to swap search on many small ones, where eigenvectors carry little, and it does not see load.
 
@@ -91,9 +91,10 @@ def embedding(pairs: Ints, dimensions: int) -> Floats:
     """
     degree = pairs.sum(axis=1).astype(np.float64)
     scale = np.divide(1.0, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
-    points: Floats = np.linalg.eigh(scale[:, None] * pairs * scale)[1][:, -dimensions:]
+    points = np.linalg.eigh(scale[:, None] * pairs * scale)[1][:, -dimensions:]
     length = np.linalg.norm(points, axis=1, keepdims=True)
-    return np.divide(points, length, out=np.zeros_like(points), where=length > 1e-12)
+    unit: Floats = np.divide(points, length, out=np.zeros_like(points), where=length > 1e-12)
+    return unit
 
 
 def _balanced_k_means(points: Floats, sizes: Ints, rng: np.random.Generator) -> Ints:

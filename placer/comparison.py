@@ -1,0 +1,351 @@
+"""compare: methods side by side, each fitted on one part of a trace and judged on both."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from placer.errors import InvalidInput, PlacerError
+from placer.evaluation import evaluate
+from placer.placement import Placement, format_shape
+from placer.problem import Problem
+from placer.report import Report, format_seconds
+from placer.solution import Budget, solve
+from placer.solvers import method as load_method
+from placer.solvers import names
+from placer.table import aligned
+from placer.topology import Topology
+from placer.trace import Trace
+
+SCHEMA = "placer/comparison/1"
+BASELINE = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One run: a method under one load cap with one seed.
+
+    Parameters
+    ----------
+    method : str
+    seed : int
+    max_load : float or None
+        The cap; None where there is none or the method keeps none.
+    seconds : float
+        Wall seconds of the fit.
+    train, held_out : Report
+        The placement on the tokens it was fitted to, and on the others.
+    """
+
+    method: str
+    seed: int
+    max_load: float | None
+    seconds: float
+    train: Report
+    held_out: Report
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of the JSON document."""
+        return {
+            "method": self.method,
+            "seed": self.seed,
+            "max_load": self.max_load,
+            "seconds": self.seconds,
+            "train": self.train.to_dict(),
+            "held_out": self.held_out.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `compare` found.
+
+    Parameters
+    ----------
+    rows : tuple of Row
+        In the order they were run; `linear` is always among them.
+    title : str
+        Trace, parts and shape, in words.
+    level : str
+        The level that decides: ``server``, or ``gpu`` where there is one server.
+    notes : tuple of str
+        Methods left out and why; how the trace was split.
+    """
+
+    rows: tuple[Row, ...]
+    title: str
+    level: str
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document ``placer/comparison/1``."""
+        return {
+            "schema": SCHEMA,
+            "title": self.title,
+            "level": self.level,
+            "rows": [row.to_dict() for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def against_linear(self, row: Row) -> float | None:
+        """Change of the held-out remote units against `linear` of the same seed, a fraction; None without traffic."""
+        base = [other for other in self.rows if other.method == BASELINE]
+        base = [other for other in base if other.seed == row.seed] or base
+        before = base[0].held_out.remote[self.level] if base else 0.0
+        return row.held_out.remote[self.level] / before - 1.0 if before else None
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, float | None], list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault((row.method, row.max_load), []).append(row)
+        header = [
+            "method",
+            "max load",
+            f"touched.{self.level}",
+            f"remote.{self.level}",
+            "load.gpu",
+            "load.server",
+            "seconds",
+            "vs linear",
+        ]
+        lines = [
+            [
+                method,
+                None if cap is None else f"{cap:g}",
+                _both(rows, lambda report: report.touched[self.level]),
+                _both(rows, lambda report: report.remote[self.level]),
+                _both(rows, lambda report: report.load["gpu"]["max_over_mean"]),
+                _both(rows, lambda report: report.load["server"]["max_over_mean"]),
+                f"{np.mean([row.seconds for row in rows]):.1f}",
+                _percent([self.against_linear(row) for row in rows]),
+            ]
+            for (method, cap), rows in groups.items()
+        ]
+        seeds = len({row.seed for row in self.rows})
+        legend = f"Cells: fitted / held out; vs linear: held-out remote.{self.level}, negative is better"
+        if seeds > 1:
+            legend += f"; means over {seeds} seeds, +- their standard deviation"
+        return "\n".join(
+            [self.title, legend, "", aligned(header, lines), *(f"note: {n}" for n in self.notes)]
+        )
+
+
+def compare(
+    trace: Trace,
+    topology: Topology,
+    methods: Sequence[str] | None = None,
+    *,
+    test: Trace | None = None,
+    holdout: float = 0.5,
+    seed: int = 0,
+    seeds: int = 1,
+    max_loads: Sequence[float | None] = (1.05,),
+    split_seed: int = 0,
+    jobs: int = 1,
+    budget: Budget | None = None,
+    alltoall: str = "hierarchical",
+    on_row: Callable[[Row], None] | None = None,
+    stop: threading.Event | None = None,
+    **problem_options: Any,
+) -> Comparison:
+    """Fit every method on one part of a trace and judge it on both parts.
+
+    Parameters
+    ----------
+    trace : Trace
+        Split by whole sequences, unless `test` is given: then all of it is fitted.
+    topology : Topology
+    methods : sequence of str, optional
+        By default every method that can be used here; `linear` always runs.
+    test : Trace, optional
+        Another trace to judge on.
+    holdout : float
+        Share of the sequences held out, in (0, 1).
+    seed, seeds : int
+        The first seed, and how many.
+    max_loads : sequence of float or None
+        Load caps to run; methods that keep none run once.
+    split_seed : int
+        Another one gives another split.
+    jobs, budget
+        As for `placer.solve`, for each run.
+    alltoall : str
+        As for `placer.evaluate`.
+    on_row : callable, optional
+        Called with each `Row` as it is done.
+    stop : threading.Event, optional
+        Set it from elsewhere to end early with the rows done so far.
+    **problem_options
+        As for `Problem.from_trace`: model, redundant, load_margin, replica_choice, ...
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    InvalidInput
+        When an argument is out of range, or a method asked for by name cannot run.
+
+    Examples
+    --------
+    >>> from placer import Topology, Trace
+    >>> ids = np.array([[[0, 2]], [[1, 3]]] * 20)
+    >>> trace = Trace(topk_idx=ids, num_experts=4, sequence=np.arange(40))
+    >>> found = compare(trace, Topology.load("dgx-h100").with_shape("1x2x1"), ["refine"], max_loads=[None])
+    >>> [(row.method, row.held_out.touched["server"]) for row in found.rows]
+    [('linear', 2.0), ('refine', 1.0)]
+    """
+    if seeds < 1:
+        raise InvalidInput(f"seeds: found {seeds}, expected at least 1")
+    if not 0 < holdout < 1:
+        raise InvalidInput(f"holdout: found {holdout}, expected more than 0 and less than 1")
+    if not max_loads:
+        raise InvalidInput("max loads: found none, expected at least one cap")
+    fit, unseen = (trace, test) if test is not None else trace.split(1.0 - holdout, seed=split_seed)
+    stop = stop or threading.Event()
+    notes = []
+    if test is None and trace.split_kind == "blocks":
+        notes.append(
+            "split by blocks of tokens: the trace names no sequences, so the parts are less independent"
+        )
+    problems = [_fitted(fit, topology, max_loads[0], problem_options)]
+    problems += [replace(problems[0], max_load=cap) for cap in max_loads[1:]]
+
+    def run(method: str, problem: Problem, keeps_caps: bool, seed: int) -> Row:
+        result = solve(problem, method, budget=budget, seed=seed, jobs=jobs, stop=stop)
+        return Row(
+            method=method,
+            seed=seed,
+            max_load=problem.max_load if keeps_caps else None,
+            seconds=result.seconds,
+            train=_judge(result.placement, fit, problem, alltoall),
+            held_out=_judge(result.placement, unseen, problem, alltoall),
+        )
+
+    rows: list[Row] = []
+    for method, handles in _runnable(methods, notes):
+        keeps = "caps" in handles
+        try:
+            for problem in problems if keeps else problems[:1]:
+                for number in range(seed, seed + seeds):
+                    row = run(method, problem, keeps, number)
+                    if stop.is_set():
+                        return _comparison(rows, fit, unseen, test, topology, [*notes, "interrupted"])
+                    rows.append(row)
+                    if on_row is not None:
+                        on_row(row)
+        except ImportError as error:
+            notes.append(f"{method} left out: {error.name or error} is not installed")
+        except PlacerError as error:
+            if methods is not None or method == BASELINE:
+                raise
+            notes.append(f"{method} left out: {error}")
+    return _comparison(rows, fit, unseen, test, topology, notes)
+
+
+def _fitted(fit: Trace, topology: Topology, cap: float | None, options: dict[str, Any]) -> Problem:
+    return Problem.from_trace(fit, topology, max_load=cap, **options)
+
+
+def _judge(placement: Placement, trace: Trace, problem: Problem, alltoall: str) -> Report:
+    return evaluate(
+        placement,
+        trace,
+        problem.topology,
+        model=problem.model,
+        alltoall=alltoall,
+        gpu_memory=problem.gpu_memory,
+        reserve=problem.reserve,
+        expert_dtype=problem.expert_dtype,
+    )
+
+
+def _runnable(methods: Sequence[str] | None, notes: list[str]) -> Iterator[tuple[str, frozenset[str]]]:
+    """Methods that can be loaded, each once, the baseline first."""
+    asked = names() if methods is None else methods
+    for name in dict.fromkeys([BASELINE, *asked]):
+        try:
+            yield name, load_method(name).handles
+        except ImportError as error:
+            notes.append(f"{name} left out: {error.name or error} is not installed")
+
+
+def _comparison(
+    rows: list[Row], fit: Trace, unseen: Trace, test: Trace | None, topology: Topology, notes: list[str]
+) -> Comparison:
+    held = (
+        f"{unseen.num_tokens:,} held out"
+        if test is None
+        else f"judged on {unseen.num_tokens:,} of {unseen.name}"
+    )
+    return Comparison(
+        rows=tuple(rows),
+        title=f"{fit.name}: fitted on {fit.num_tokens:,} tokens, {held}; {fit.num_layers} layers x {fit.num_experts} "
+        f"experts, {format_shape(topology.shape)} {topology.name}",
+        level=deciding_level(topology),
+        notes=tuple(notes),
+    )
+
+
+def deciding_level(topology: Topology) -> str:
+    """The level whose traffic a placement is judged by: servers, or GPUs where there is one server.
+
+    Examples
+    --------
+    >>> deciding_level(Topology.load("dgx-h100").with_shape("1x1x8"))
+    'gpu'
+    """
+    racks, servers, _ = topology.shape
+    return "server" if racks * servers > 1 else "gpu"
+
+
+def against(report: Report, baseline: Report, level: str, *, copies: bool = False) -> str:
+    """One line that says what changed from a baseline; with copies it counts remote units, for they decide.
+
+    Examples
+    --------
+    >>> from placer import Placement, Topology, Trace, evaluate
+    >>> trace = Trace(topk_idx=np.array([[[0, 2]], [[1, 3]]]), num_experts=4)
+    >>> topology = Topology.load("dgx-h100").with_shape("1x2x1")
+    >>> before, after = (
+    ...     evaluate(Placement(physical_to_logical=np.array([row]), num_experts=4, shape=(1, 2, 1)), trace, topology)
+    ...     for row in ([0, 1, 2, 3], [0, 2, 1, 3]))
+    >>> against(after, before, "server")
+    'touched.server 2.00 -> 1.00 (-50.0 %), load.server 1.00 -> 1.00, step ... -> ... (-...%)'
+    """
+    word = "remote" if copies else "touched"
+    old, new = getattr(baseline, word)[level], getattr(report, word)[level]
+    cold, hot = (r.load[level]["max_over_mean"] for r in (baseline, report))
+    slow, fast = baseline.seconds["step"], report.seconds["step"]
+    return (
+        f"{word}.{level} {old:.2f} -> {new:.2f} ({_change(old, new)}), "
+        f"load.{level} {cold:.2f} -> {hot:.2f}{' (worse)' if hot > cold * 1.005 else ''}, "
+        f"step {format_seconds(slow)} -> {format_seconds(fast)} ({_change(slow, fast)})"
+    )
+
+
+def _change(old: float, new: float) -> str:
+    percent = round(100.0 * (new / old - 1.0), 1) if old else 0.0
+    if percent == 0.0:
+        return "no change"
+    return f"{percent:+.1f} %{', worse' if percent > 0 else ''}"
+
+
+def _both(rows: list[Row], pick: Callable[[Report], float]) -> str:
+    train, held_out = (
+        np.mean([pick(r) for r in part]) for part in zip(*((r.train, r.held_out) for r in rows), strict=True)
+    )
+    return f"{train:.3f} / {held_out:.3f}"
+
+
+def _percent(changes: list[float | None]) -> str | None:
+    known = [100.0 * change for change in changes if change is not None]
+    if not known:
+        return None
+    spread = f" +- {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
+    return f"{np.mean(known):+.1f}{spread} %"
