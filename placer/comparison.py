@@ -33,6 +33,8 @@ class Row:
     ----------
     method : str
     seed : int
+    keeps_caps : bool
+        Whether the method keeps load caps at all.
     max_load : float or None
         The cap; None where there is none or the method keeps none.
     seconds : float
@@ -43,6 +45,7 @@ class Row:
 
     method: str
     seed: int
+    keeps_caps: bool
     max_load: float | None
     seconds: float
     train: Report
@@ -53,6 +56,7 @@ class Row:
         return {
             "method": self.method,
             "seed": self.seed,
+            "keeps_caps": self.keeps_caps,
             "max_load": self.max_load,
             "seconds": self.seconds,
             "train": self.train.to_dict(),
@@ -115,7 +119,7 @@ class Comparison:
         lines = [
             [
                 method,
-                None if cap is None else f"{cap:g}",
+                _cap(rows[0].keeps_caps, cap),
                 _both(rows, lambda report: report.touched[self.level]),
                 _both(rows, lambda report: report.remote[self.level]),
                 _both(rows, lambda report: report.load["gpu"]["max_over_mean"]),
@@ -207,6 +211,12 @@ def compare(
     if not max_loads:
         raise InvalidInput("max loads: found none, expected at least one cap")
     fit, unseen = (trace, test) if test is not None else trace.split(1.0 - holdout, seed=split_seed)
+    if (unseen.num_experts, unseen.layer_ids) != (fit.num_experts, fit.layer_ids):
+        raise InvalidInput(
+            f"test trace {unseen.name}: found {unseen.num_layers} layers x {unseen.num_experts} experts "
+            f"(layers {unseen.layer_ids[0]}..{unseen.layer_ids[-1]}), expected {fit.num_layers} x {fit.num_experts} "
+            f"({fit.layer_ids[0]}..{fit.layer_ids[-1]}) as in {fit.name}"
+        )
     stop = stop or threading.Event()
     notes = []
     if test is None and trace.split_kind == "blocks":
@@ -221,6 +231,7 @@ def compare(
         return Row(
             method=method,
             seed=seed,
+            keeps_caps=keeps_caps,
             max_load=problem.max_load if keeps_caps else None,
             seconds=result.seconds,
             train=_judge(result.placement, fit, problem, alltoall),
@@ -341,6 +352,12 @@ def _both(rows: list[Row], pick: Callable[[Report], float]) -> str:
         np.mean([pick(r) for r in part]) for part in zip(*((r.train, r.held_out) for r in rows), strict=True)
     )
     return f"{train:.3f} / {held_out:.3f}"
+
+
+def _cap(kept: bool, cap: float | None) -> str | None:
+    if not kept:
+        return None
+    return "none" if cap is None else f"{cap:g}"
 
 
 def _percent(changes: list[float | None]) -> str | None:

@@ -44,7 +44,8 @@ class Inspection:
     load : dict of float
         ``max_over_mean`` of experts, mean over layers, and ``worst_layer``.
     lift : dict of float or None
-        Percentiles ``p1`` .. ``p99`` over the pairs of all layers; None where no pair is expected five times.
+        Percentiles ``p1`` .. ``p99`` over the pairs of a layer, mean over layers; None where no pair is
+        expected five times.
     touched : dict of dict
         By number of equal units: units that a token touches with contiguous experts (``linear``) and if it
         chose its experts uniformly at random (``uniform``).
@@ -95,24 +96,23 @@ class Inspection:
 
     def __str__(self) -> str:
         groups = f", {self.topk_groups} of {self.num_groups} groups" if self.num_groups > 1 else ""
-        facts = [
-            ["trace", self.name],
-            ["tokens", f"{self.tokens:,} in {_counted(self.sequences, 'sequences')}"],
-            ["domains", None if self.domains is None else f"{self.domains:,}"],
-            ["phase", self.phase],
-            ["router", f"{self.layers} layers, top {self.top_k} of {self.experts} experts{groups}"],
-            ["model", f"{self.model or 'not named'}; sizes of {self.matched_model or 'no known model'}"],
-            ["dropped", f"{self.dropped:.2%} of choices are -1" if self.dropped else "none"],
-            [
-                "hottest expert",
-                f"{self.load['max_over_mean']:.2f} times the mean load "
-                f"(worst layer {self.load['worst_layer']:.2f})",
-            ],
+        sizes = "unknown sizes" if self.matched_model is None else f"sizes of {self.matched_model}"
+        heat = f"{self.load['max_over_mean']:.2f} times the mean load (worst layer {self.load['worst_layer']:.2f})"
+        facts: list[tuple[str, str | None]] = [
+            ("trace", self.name),
+            ("tokens", f"{self.tokens:,}"),
+            ("sequences", None if self.sequences is None else f"{self.sequences:,}"),
+            ("domains", None if self.domains is None else f"{self.domains:,}"),
+            ("phase", self.phase),
+            ("router", f"{self.layers} layers, top {self.top_k} of {self.experts} experts{groups}"),
+            ("model", f"{self.model or 'not named'} ({sizes})"),
+            ("dropped", f"{self.dropped:.2%} of choices are -1" if self.dropped else "none"),
+            ("hottest expert", heat),
         ]
         if self.lift is not None:
             values = " / ".join(f"{value:.2f}" for value in self.lift.values())
             ranks = " / ".join(map(str, PERCENTILES))
-            facts.append(["pair lift", f"{values}  (percentiles {ranks}; 1 = no structure)"])
+            facts.append(("pair lift", f"{values}  (percentiles {ranks}; 1 = no structure)"))
         lines = [f"{key:15} {value or '-'}" for key, value in facts]
         if self.touched:
             rows = [
@@ -167,17 +167,17 @@ def _lift(traffic: Traffic) -> dict[str, float] | None:
     if traffic.pairs is None:
         return None
     upper = np.triu_indices(traffic.load.shape[1], 1)
-    lifts: list[npt.NDArray[np.float64]] = []
+    layers: list[npt.NDArray[np.float64]] = []
     for load, pairs in zip(traffic.load.astype(np.float64), traffic.pairs, strict=True):
         seen, product = pairs[upper], np.outer(load, load)[upper]
         if seen.any():
             expected = product * (seen.sum() / product.sum())
             often = expected >= _MIN_EXPECTED
-            lifts.append(seen[often] / expected[often])
-    values = np.concatenate(lifts) if lifts else np.array([])
-    if not len(values):
+            if often.any():
+                layers.append(np.percentile(seen[often] / expected[often], PERCENTILES))
+    if not layers:
         return None
-    return {f"p{p}": float(v) for p, v in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)}
+    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, np.mean(layers, axis=0), strict=True)}
 
 
 def _touched(trace: Trace) -> dict[int, dict[str, float]]:
@@ -244,7 +244,3 @@ def _hints(trace: Trace, known: Model, dropped: float, lift: dict[str, float] | 
 
 def _distinct(values: npt.NDArray[Any] | None) -> int | None:
     return None if values is None else len(np.unique(values))
-
-
-def _counted(count: int | None, what: str) -> str:
-    return f"{count:,} {what}" if count is not None else f"unknown {what}"

@@ -92,8 +92,9 @@ class Layer:
 
     @cached_property
     def levels(self) -> tuple[int, ...]:
-        """Levels at which swaps matter: several units, each of more than one slot."""
-        return tuple(i for i, slots in enumerate(self.unit_slots) if 1 < slots < self.num_slots)
+        """Levels at which swaps matter: several units of more than one slot; one of those of equal size."""
+        sizes = self.unit_slots
+        return tuple(i for i, size in enumerate(sizes) if 1 < size < self.num_slots and size not in sizes[:i])
 
     @cached_property
     def sizes(self) -> Ints:
@@ -101,15 +102,19 @@ class Layer:
         return np.array([self.unit_slots[i] for i in self.levels], np.int64)
 
     @cached_property
+    def _cost_of_size(self) -> Floats:
+        """`unit_cost` of the `levels`, those of levels of equal size added up."""
+        return np.array([self.unit_cost[np.array(self.unit_slots) == size].sum() for size in self.sizes])
+
+    @cached_property
     def weights_of_levels(self) -> Floats:
-        """`unit_cost` of the `levels`, the largest scaled to 1."""
-        return self.unit_cost[list(self.levels)] / self.scale
+        """What a touched unit of each of the `levels` costs, the dearest scaled to 1."""
+        return self._cost_of_size / self.scale
 
     @cached_property
     def scale(self) -> float:
         """Seconds of the dearest of the `levels`: one unit of a weighted sum of touched units."""
-        cost = self.unit_cost[list(self.levels)]
-        return float(cost.max()) if cost.size and cost.max() > 0 else 1.0
+        return max(self._cost_of_size.tolist(), default=0.0) or 1.0
 
     def cost_of(self, weighted: float) -> float:
         """Seconds of all tokens for a sum of touched units weighted by `weights_of_levels`.
@@ -199,20 +204,29 @@ class Layer:
 
         With counts only, copies share an expert's load evenly and the seconds are 0.
         """
+        over = sum(
+            float(np.maximum(load - cap, 0.0).sum())
+            for load, cap in zip(self._loads(slots), self.caps, strict=True)
+        )
         if self.topk is None:
-            copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
-            share = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
-            rows = [share.reshape(-1, width).sum(axis=1) for width in self.unit_slots]
-            return sum(float(np.maximum(r - c, 0).sum()) for r, c in zip(rows, self.caps, strict=True)), 0.0
-        counts = self._counts(slots)
-        over = np.maximum(counts.load - self.caps[:, None], 0.0).sum()
-        return float(np.round(over, 6)), float(counts.remote.sum(axis=1) @ np.array(self.seconds))
+            return round(over, 6), 0.0
+        return round(over, 6), float(self._counts(slots).remote.sum(axis=1) @ np.array(self.seconds))
 
     def heat(self, slots: Occupant) -> float:
         """Load over mean of the busiest unit, at the worst of the levels that placement can change; 1 without load."""
-        load = self._counts(slots).load
-        rows = [load[level, : self.num_slots // self.unit_slots[level]] for level in self.levels]
+        rows = [load for level, load in enumerate(self._loads(slots)) if level in self.levels]
         return max((float(row.max() / row.mean()) for row in rows if row.any()), default=1.0)
+
+    def _loads(self, slots: Occupant) -> list[Floats]:
+        """Load of every unit, level by level; with counts only, copies share an expert's load evenly."""
+        if self.topk is not None:
+            load = self._counts(slots).load
+            return [
+                row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)
+            ]
+        copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
+        share = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
+        return [share.reshape(-1, width).sum(axis=1) for width in self.unit_slots]
 
     def _counts(self, slots: Occupant) -> Incidence:
         return incidence(

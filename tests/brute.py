@@ -96,7 +96,7 @@ def max_over_mean(load: Sequence[float]) -> float:
 
 
 def report(
-    slots: Sequence[Sequence[int]],
+    slots: Any,
     topk: Any,
     shape: tuple[int, int, int],
     *,
@@ -105,7 +105,7 @@ def report(
     rule: str = "nearest",
     table: Any = None,
 ) -> dict[str, Any]:
-    """All layers: `topk` is [token][layer][choice], `vector_bytes` there and back together."""
+    """All layers: `slots` is [layer][slot], `topk` [token][layer][choice], `vector_bytes` there and back together."""
     layers = []
     for layer in range(len(slots)):
         tokens = [[int(e) for e in row[layer]] for row in topk]

@@ -11,6 +11,9 @@ from placer.errors import InvalidInput
 from placer.layer import Layer, Occupant
 from placer.solvers import refine
 
+LONG = Clock.start(
+    rounds=500
+)  # far more swaps than any descent here takes, so a cycle fails instead of hanging
 Tokens = list[list[int]]
 SHAPES = [(1, 1, 2), (1, 1, 4), (1, 2, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (2, 2, 2), (1, 3, 2), (3, 2, 1)]
 
@@ -123,7 +126,7 @@ def test_a_token_with_both_experts_keeps_its_count() -> None:
 def test_a_descent_ends_where_no_swap_helps_and_never_above_its_start(case: tuple[Layer, Occupant]) -> None:
     layer, occupant = case
     start = layer.slots(occupant)
-    placed = refine.place(layer, rng=np.random.default_rng(0), clock=Clock(), initial=start)
+    placed = refine.place(layer, rng=np.random.default_rng(0), clock=LONG, initial=start)
     end = layer.occupant(placed.slots)
     assert sorted(placed.slots[placed.slots >= 0]) == list(range(layer.num_experts))
     assert refine.swap_changes(layer, end).min() >= -1e-6
@@ -136,7 +139,7 @@ def test_a_descent_ends_where_no_swap_helps_and_never_above_its_start(case: tupl
 @given(arranged(max_load=1.05))
 def test_with_caps_the_descent_stays_within_them_from_its_own_start(case: tuple[Layer, Occupant]) -> None:
     layer, _ = case
-    placed = refine.place(layer, rng=np.random.default_rng(0), clock=Clock())
+    placed = refine.place(layer, rng=np.random.default_rng(0), clock=LONG)
     assert layer.excess(layer.occupant(placed.slots)) <= 1e-6
     assert touched(layer, layer.occupant(placed.slots)) <= touched(layer, layer.reference) + 1e-6
 
@@ -145,13 +148,13 @@ def test_an_excess_is_lowered_even_where_that_costs_traffic() -> None:
     hot = [[0, 1]] * 10 + [[2, 3]] * 2
     layer = layer_of(hot, 4, (1, 1, 2), 2, max_load=1.0)
     placed = refine.place(
-        layer, rng=np.random.default_rng(0), clock=Clock(), initial=np.arange(4, dtype=np.int32)
+        layer, rng=np.random.default_rng(0), clock=LONG, initial=np.arange(4, dtype=np.int32)
     )
     assert layer.excess(np.arange(4, dtype=np.int32)) == 8
     assert layer.excess(layer.occupant(placed.slots)) == 0
     free = layer_of(hot, 4, (1, 1, 2), 2)
     placed = refine.place(
-        free, rng=np.random.default_rng(0), clock=Clock(), initial=np.arange(4, dtype=np.int32)
+        free, rng=np.random.default_rng(0), clock=LONG, initial=np.arange(4, dtype=np.int32)
     )
     assert placed.slots.tolist() == [0, 1, 2, 3]
 
@@ -166,7 +169,7 @@ def test_a_swap_that_breaks_a_cap_is_refused() -> None:
 def test_rounds_are_swaps_and_the_clock_limits_them() -> None:
     tokens = [[0, 4], [1, 5], [2, 6], [3, 7]] * 3
     layer = layer_of(tokens, 8, (1, 1, 4), 2)
-    free = refine.place(layer, rng=np.random.default_rng(0), clock=Clock())
+    free = refine.place(layer, rng=np.random.default_rng(0), clock=LONG)
     assert free.rounds > 1
     once = refine.place(layer, rng=np.random.default_rng(0), clock=Clock.start(rounds=1))
     assert once.rounds == 1
@@ -178,11 +181,11 @@ def test_rounds_are_swaps_and_the_clock_limits_them() -> None:
 def test_the_start_given_is_left_as_it_was() -> None:
     layer = layer_of([[0, 2], [1, 3]], 4, (1, 1, 2), 2)
     start = np.arange(4, dtype=np.int32)
-    assert refine.place(layer, rng=np.random.default_rng(0), clock=Clock(), initial=start).rounds == 1
+    assert refine.place(layer, rng=np.random.default_rng(0), clock=LONG, initial=start).rounds == 1
     assert start.tolist() == [0, 1, 2, 3]
     capped = layer_of([[0, 2], [1, 3]], 4, (1, 1, 2), 2, max_load=2.0)
     before = capped.reference.tolist()
-    refine.place(capped, rng=np.random.default_rng(0), clock=Clock())
+    refine.place(capped, rng=np.random.default_rng(0), clock=LONG)
     assert capped.reference.tolist() == before
 
 
@@ -190,7 +193,7 @@ def test_a_start_with_copies_is_refused_in_one_line() -> None:
     layer = layer_of([[0, 1]], 3, (1, 1, 2), 2)
     with pytest.raises(InvalidInput) as caught:
         refine.place(
-            layer, rng=np.random.default_rng(0), clock=Clock(), initial=np.array([0, 1, 1, 2], np.int32)
+            layer, rng=np.random.default_rng(0), clock=LONG, initial=np.array([0, 1, 1, 2], np.int32)
         )
     assert str(caught.value) == (
         "initial: expert 1 of layer 0 has 2 slots, expected 1, for refine makes no copies"

@@ -4,7 +4,8 @@ Idea: a column is a server content (the experts of one server and how they stand
 tokens that touch it, weighted over the levels within; load caps filter columns. CP-SAT picks contents that hold
 every expert once. Where all contents can be listed and one level matters, the optimum is proved and its bound
 reported; elsewhere the columns are all contents that a tabu search met, and the master recombines them.
-The search's best arrangement is a complete hint, and nothing worse is ever returned.
+The linear relaxation's duals leave only columns that a better partition could use. The search's best
+arrangement is a complete hint, and nothing worse is ever returned.
 
 The textbook model (expert-to-server and token-touches-server booleans) has a root bound of one server per
 token and is not used. Complexity: tokens x columns to price them, then CP-SAT's own.
@@ -66,12 +67,12 @@ def recombined(
     if complete:
         contents = np.array(list(itertools.combinations(range(layer.num_slots), width)), np.int32)
     contents = contents[_within_caps(layer, contents)]
-    hint = {tuple(sorted(row)) for row in best.reshape(-1, width).tolist()}
-    cost = _cost(layer, contents)
-    contents, cost = _cheapest_of_equal(contents, cost)
-    chosen, bound = _partition(contents, cost, layer.num_slots, hint, clock)
-    found = best if chosen is None else contents[chosen].ravel().astype(np.int32)
-    return found, layer.cost_of(bound) if complete and bound is not None else None
+    contents, cost = _cheapest_of_equal(contents, _cost(layer, contents))
+    held = {tuple(sorted(row)) for row in best.reshape(-1, width).tolist()}
+    hint = np.array([tuple(sorted(row)) in held for row in contents.tolist()])
+    chosen, bound = _partition(contents, cost, hint, layer.num_slots // width, clock)
+    found = contents[chosen].ravel().astype(np.int32)
+    return found, layer.cost_of(bound) if complete else None
 
 
 def _width(layer: Layer) -> int:
@@ -128,25 +129,47 @@ def _cheapest_of_equal(
 def _partition(
     contents: npt.NDArray[np.int32],
     cost: npt.NDArray[np.float64],
-    num_slots: int,
-    hint: set[tuple[int, ...]],
+    hint: npt.NDArray[np.bool_],
+    units: int,
     clock: Clock,
-) -> tuple[list[int] | None, float | None]:
-    """Solve the set partition; returns the chosen columns and a lower bound in units of `cost`."""
-    from ortools.sat.python import cp_model
+) -> tuple[npt.NDArray[np.int64], float]:
+    """The cheapest choice of `units` columns that holds every expert once, and a lower bound over all columns.
 
-    unit = max(1.0, float(cost.max())) / 2**40 if not np.array_equal(cost, np.round(cost)) else 1.0
-    whole = np.floor(cost / unit).astype(np.int64)
+    With duals p, a partition costs ``sum(p)`` plus its columns' reduced costs r, so it costs at least
+    ``sum(p) + units * min(r)``, and a column whose ``sum(p) + (units - 1) * min(r) + r`` reaches the hint's
+    cost cannot be part of a better one.
+    """
+    from ortools.sat.python import cp_model
+    from scipy.optimize import linprog
+    from scipy.sparse import csc_array
+
+    width, count = contents.shape[1], len(contents)
+    columns = np.repeat(np.arange(count), width)
+    holds = csc_array((np.ones(count * width), (contents.ravel(), columns)), shape=(units * width, count))
+    relaxed = linprog(cost, A_eq=holds, b_eq=np.ones(units * width), method="highs")
+    best, floor = float(cost[hint].sum()), 0.0
+    useful = np.ones(count, bool)
+    if relaxed.status == 0:
+        duals = relaxed.eqlin.marginals
+        reduced = cost - holds.T @ duals
+        rest = float(duals.sum() + (units - 1) * reduced.min())
+        floor = float(duals.sum() + units * reduced.min())
+        useful = (rest + reduced < best) | hint
+    slack = 1e-9 * best  # of the duals' arithmetic
+    whole = bool(np.array_equal(cost, np.round(cost)))
+    floor = math.ceil(floor - slack) if whole else floor - slack
+    kept = np.flatnonzero(useful)
+    unit = 1.0 if whole else best / 2**40
     model = cp_model.CpModel()
-    picks = [model.new_bool_var("") for _ in range(len(contents))]
-    holders: list[list[int]] = [[] for _ in range(num_slots)]
-    for column, row in enumerate(contents.tolist()):
-        model.add_hint(picks[column], tuple(sorted(row)) in hint)
-        for expert in row:
-            holders[expert].append(column)
-    for columns in holders:
-        model.add_exactly_one(picks[column] for column in columns)
-    model.minimize(cp_model.LinearExpr.weighted_sum(picks, whole.tolist()))
+    picks = [model.new_bool_var("") for _ in kept]
+    holders: list[list[int]] = [[] for _ in range(units * width)]
+    for at, column in enumerate(kept.tolist()):
+        model.add_hint(picks[at], bool(hint[column]))
+        for expert in contents[column].tolist():
+            holders[expert].append(at)
+    for members in holders:
+        model.add_exactly_one(picks[at] for at in members)
+    model.minimize(cp_model.LinearExpr.weighted_sum(picks, np.floor(cost[kept] / unit).astype(int).tolist()))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
@@ -154,6 +177,6 @@ def _partition(
     solver.parameters.max_time_in_seconds = min(clock.remaining, 1e6)
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return None, None
-    chosen = [column for column, pick in enumerate(picks) if solver.boolean_value(pick)]
-    return chosen, solver.best_objective_bound * unit
+        return np.flatnonzero(hint), floor
+    chosen = kept[[solver.boolean_value(pick) for pick in picks]]
+    return chosen, max(floor, min(best, solver.best_objective_bound * unit))

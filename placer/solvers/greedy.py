@@ -44,7 +44,7 @@ def top_down(layer: Layer, divide: Callable[[Ints, Ints], Ints]) -> npt.NDArray[
     Returns
     -------
     (num_slots,) int32
-        Experts ascending within a unit, -1 last.
+        In the order of `Layer.slots`.
     """
     units = [np.arange(layer.num_experts)]
     room = layer.num_slots
@@ -59,7 +59,7 @@ def top_down(layer: Layer, divide: Callable[[Ints, Ints], Ints]) -> npt.NDArray[
     rows = np.full((len(units), room), -1, np.int32)
     for row, members in zip(rows, units, strict=True):
         row[: len(members)] = members
-    return rows.ravel()
+    return layer.slots(layer.occupant(rows.ravel()))
 
 
 def grow(pairs: Ints, sizes: Ints) -> Ints:

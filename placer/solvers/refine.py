@@ -203,7 +203,7 @@ def excess_changes(layer: Layer, occupant: Occupant) -> Floats:
     """
     load = layer.expert_load[occupant]
     total = np.zeros((layer.num_slots, layer.num_slots))
-    for size, cap in zip(layer.sizes.tolist(), layer.caps[list(layer.levels)], strict=True):
+    for size, cap in zip(layer.unit_slots, layer.caps, strict=True):
         if np.isfinite(cap):
             here = np.arange(layer.num_slots) // size
             heat = layer.unit_load(occupant, size)[here]

@@ -1,0 +1,120 @@
+"""``placer compare``"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from placer.cli import options
+from placer.cli.interrupt import EXIT_CODE, interruptible
+
+if TYPE_CHECKING:
+    from placer.comparison import Comparison, Row
+    from placer.topology import Topology
+
+_EPILOG = """\b
+Example:
+  placer compare traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --method eplb --method tabu --max-load 1.05,1.2
+"""
+
+
+@click.command(short_help="Fit methods on part of a trace, judge on the rest.", epilog=_EPILOG)
+@options.trace
+@options.topology
+@options.shape
+@options.model
+@click.option(
+    "--method",
+    "methods",
+    type=options.METHOD,
+    multiple=True,
+    metavar="NAME",
+    help="A name from 'placer methods'; may repeat [default: all of them].",
+)
+@click.option(
+    "--holdout",
+    type=options.Number("a number above 0 and below 1", low=1e-9, high=1.0),
+    default="0.5",
+    show_default=True,
+    metavar="F",
+    help="Share of the sequences to hold out.",
+)
+@click.option("--test", type=options.Input(), help="Judge on this trace instead, and fit on all of TRACE.")
+@click.option("--split-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another split.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs, --seed counting up."
+)
+@click.option(
+    "--max-load",
+    "max_loads",
+    type=options.Numbers(options.MAX_LOAD),
+    default="1.05",
+    show_default=True,
+    metavar="X,Y,..",
+    help="Load caps to run; none is one too.",
+)
+@options.load_margin
+@options.slots
+@options.replica_choice
+@options.alltoall
+@options.memory
+@options.search
+@options.as_json
+@options.quiet
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    *,
+    trace: str,
+    topology: Topology,
+    shape: tuple[int, int, int] | None,
+    methods: tuple[str, ...],
+    test: str | None,
+    replica_choice: str | None,
+    time_limit: float,
+    rounds: int | None,
+    gap: float | None,
+    jobs: int | None,
+    as_json: bool,
+    quiet: bool,
+    **choices: Any,
+) -> None:
+    """Fit methods on one part of TRACE and judge them on it and on the part they have not seen."""
+    from placer.comparison import compare, deciding_level
+    from placer.trace import Trace
+
+    routed = Trace.load(trace)
+    other = None if test is None else Trace.load(test)
+    machine = topology if shape is None else topology.with_shape(shape)
+
+    level = deciding_level(machine)
+    if not quiet:
+        click.echo(f"at most {time_limit:g} s of search for each row", err=True)
+
+    def tell(row: Row) -> None:
+        if not quiet:
+            cap = "" if row.max_load is None else f", max load {row.max_load:g}"
+            held = f"held-out remote.{level} {row.held_out.remote[level]:.3f}"
+            click.echo(f"{row.method}{cap}, seed {row.seed}: {held} after {row.seconds:.1f} s", err=True)
+
+    def run(stop: threading.Event) -> Comparison:
+        return compare(
+            routed,
+            machine,
+            methods or None,
+            test=other,
+            jobs=options.workers(jobs),
+            budget=options.budget(time_limit, rounds),
+            replica_choice=replica_choice or "nearest",
+            on_row=tell,
+            stop=stop,
+            **choices,
+        )
+
+    comparison, interrupted = interruptible(run)
+    options.show(comparison.to_dict(), str(comparison), as_json)
+    if interrupted:
+        ctx.exit(EXIT_CODE)

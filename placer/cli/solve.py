@@ -1,0 +1,164 @@
+"""``placer solve``"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import placer
+from placer.cli import options
+from placer.cli.interrupt import EXIT_CODE, interruptible
+
+if TYPE_CHECKING:
+    from placer.model import Model
+    from placer.solution import Result
+    from placer.topology import Topology
+
+_EPILOG = """\b
+Example:
+  placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --max-load 1.05 -o placement.json
+"""
+
+
+@click.command(short_help="Search for a placement and say what it gains.", epilog=_EPILOG)
+@options.trace
+@options.topology
+@options.shape
+@options.model
+@click.option(
+    "--method",
+    type=options.METHOD,
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="How to search: a name from 'placer methods'.",
+)
+@click.option(
+    "--max-load",
+    type=options.MAX_LOAD,
+    default="1.05",
+    show_default=True,
+    metavar="X|none",
+    help="Busiest GPU, server or rack over the mean, at most.",
+)
+@options.load_margin
+@options.slots
+@options.replica_choice
+@options.memory
+@options.search
+@click.option(
+    "--initial", type=options.Input(), help="A placement file to start from; the result is never worse."
+)
+@click.option("--log", "log_file", type=options.Output(), help="Also write the log, one JSON object a line.")
+@click.option("-o", "--output", type=options.Output(), help="Write the placement file.")
+@options.as_json
+@options.quiet
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    *,
+    trace: str,
+    topology: Topology,
+    shape: tuple[int, int, int] | None,
+    model: Model | None,
+    method: str,
+    replica_choice: str | None,
+    time_limit: float,
+    rounds: int | None,
+    gap: float | None,
+    seed: int,
+    jobs: int | None,
+    initial: str | None,
+    log_file: Path | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **limits: Any,
+) -> None:
+    """Search for a placement of the experts of TRACE on a machine, and say what it gains over the usual one.
+
+    The usual one, linear, is experts in order: the first E/N on the first GPU, and so on.
+    """
+    from placer.cli.log import SearchLog
+    from placer.comparison import against, deciding_level
+    from placer.evaluation import evaluate
+    from placer.placement import Placement
+    from placer.problem import Problem
+    from placer.solution import solve
+    from placer.trace import Trace
+
+    for path, name in ((output, "-o"), (log_file, "--log")):
+        if path is not None and options.same_file(path, trace):
+            raise click.UsageError(f"{name} {path}: would overwrite the trace")
+    routed = Trace.load(trace)
+    start = None if initial is None else Placement.load(initial)
+    machine = topology if shape is None else topology.with_shape(shape)
+    rule = replica_choice or "nearest"
+    problem = Problem.from_trace(routed, machine, model=model, replica_choice=rule, **limits)
+    log = SearchLog(quiet=quiet, file=log_file)
+    log.say(
+        f"placer {placer.__version__}  {routed.name}, {problem.num_layers} layers x {problem.num_experts} experts, "
+        f"{problem.num_ranks} ranks x {problem.slots_per_rank} slots, method {method}, seed {seed}"
+    )
+
+    def search(stop: threading.Event) -> Result:
+        with log.running(problem.num_layers):
+            return solve(
+                problem,
+                method,
+                budget=options.budget(time_limit, rounds),
+                seed=seed,
+                initial=start,
+                jobs=options.workers(jobs),
+                on_event=log.add,
+                stop=stop,
+            )
+
+    result, interrupted = interruptible(search)
+    if output is not None:
+        result.placement.save(output)
+    linear = solve(problem, "linear").placement
+    report, baseline = (
+        evaluate(
+            placement,
+            routed,
+            machine,
+            model=problem.model,
+            gpu_memory=problem.gpu_memory,
+            reserve=problem.reserve,
+            expert_dtype=problem.expert_dtype,
+        )
+        for placement in (result.placement, linear)
+    )
+    for note in (*result.notes, *_raised(result)):
+        log.say(f"note: {note}")
+    level = deciding_level(machine)
+    gain = against(report, baseline, level, copies=result.placement.has_copies)
+    log.say(f"{result.status} in {result.seconds:.1f} s; linear -> {result.method}: {gain}")
+    document = {
+        **result.to_dict(),
+        "report": report.to_dict(),
+        "baseline": baseline.to_dict(),
+        "placement": None if output is None else str(output),
+    }
+    written = "not written (-o FILE writes it)" if output is None else f"written to {output}"
+    options.show(document, f"{report}\nplacement {written}", as_json)
+    if interrupted:
+        ctx.exit(EXIT_CODE)
+
+
+def _raised(result: Result) -> list[str]:
+    """Raised caps, one line a level."""
+    lines = []
+    for level in dict.fromkeys(row["level"] for row in result.caps_raised):
+        rows = [row for row in result.caps_raised if row["level"] == level]
+        lines.append(
+            f"load cap of a {level} raised in {len(rows)} of {result.placement.num_layers} layers, "
+            f"from {rows[0]['asked']:g} to at most {max(row['cap'] for row in rows):.3f}: "
+            "even packing by load alone needs it"
+        )
+    return lines

@@ -1,0 +1,110 @@
+"""What every method promises; new methods are picked up from the folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import placer
+from placer import Budget, Placement, Problem, solve
+from placer.solvers import method, names
+from tests.instances import noisy_trace, problem
+
+METHODS = names()
+SEARCHING = [name for name in METHODS if "routes" in method(name).needs or name == "auto"]
+
+
+def quality(posed: Problem, placement: Placement) -> tuple[float, float]:
+    """Excess over the caps and cost, summed over layers."""
+    scores = [posed.layer(i).score(row) for i, row in enumerate(placement.physical_to_logical)]
+    return sum(s[0] for s in scores), sum(s[1] for s in scores)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ("1x4x1", {}),
+        ("2x2x2", {"max_load": 1.1}),
+        ("1x1x1", {}),
+        ("1x8x2", {"max_load": 1.05}),
+        ("1x3x1", {"redundant": 2}),
+        ("1x2x2", {"redundant": 4, "replica_choice": "spread"}),
+    ],
+)
+def test_every_method_places_every_expert(name: str, shape: str, options: dict[str, object]) -> None:
+    posed = problem(noisy_trace(), shape, **options)
+    result = solve(posed, name, budget=Budget(seconds=20, rounds=2))
+    placement = result.placement
+    assert placement.num_layers == posed.num_layers
+    assert placement.shape == posed.topology.shape
+    assert (placement.replica_count >= 1).all()
+    assert not placement.duplicates()
+    if "copies" not in method(name).handles:
+        assert (placement.replica_count == 1).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_placement_for_any_number_of_jobs(name: str) -> None:
+    posed = problem(noisy_trace(layers=3), "2x2x2", max_load=1.2, load_margin="auto")
+    placements = [
+        solve(posed, name, budget=Budget(seconds=None, rounds=2), seed=5, jobs=jobs).placement
+        for jobs in (1, 2, 2)
+    ]
+    assert len({placement.digest for placement in placements}) == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_zero_budget_still_gives_a_placement(name: str) -> None:
+    posed = problem(noisy_trace(), "1x4x2", max_load=1.1)
+    result = solve(posed, name, budget=Budget(seconds=0))
+    assert (result.placement.replica_count == 1).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("seconds", [0, 20])
+def test_the_result_is_never_worse_than_the_initial_placement(name: str, seconds: float) -> None:
+    posed = problem(noisy_trace(), "1x4x1", max_load=1.2)
+    initial = solve(posed, "tabu", budget=Budget(seconds=20, rounds=1)).placement
+    result = solve(posed, name, budget=Budget(seconds=seconds, rounds=1), initial=initial)
+    assert quality(posed, result.placement) <= quality(posed, initial)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_problem_is_left_as_it_was(name: str) -> None:
+    posed = problem(noisy_trace(), "1x4x1", max_load=1.1)
+    before = (posed.traffic.load.copy(), posed.traffic.pairs.copy(), posed.routes.topk_idx.copy())
+    solve(posed, name, budget=Budget(seconds=10, rounds=1))
+    after = (posed.traffic.load, posed.traffic.pairs, posed.routes.topk_idx)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if "caps" in method(name).handles])
+@pytest.mark.parametrize("shape", ["1x4x1", "2x2x2", "1x2x4"])
+def test_methods_that_handle_caps_keep_them_at_every_level(name: str, shape: str) -> None:
+    posed = problem(noisy_trace(tokens=900), shape, max_load=1.1)
+    result = solve(posed, name, budget=Budget(seconds=20, rounds=2))
+    assert quality(posed, result.placement)[0] == 0
+
+
+@pytest.mark.parametrize("name", SEARCHING)
+def test_searching_methods_beat_contiguous_experts_where_there_is_structure(name: str) -> None:
+    posed = problem(noisy_trace(tokens=900), "1x4x1")
+    linear = solve(posed, "linear").objective
+    assert solve(posed, name, budget=Budget(seconds=20, rounds=2)).objective < 0.97 * linear
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_it_needs_and_handles(name: str) -> None:
+    module = method(name)
+    assert module.needs <= {"load", "pairs", "routes"}
+    assert module.handles <= {"caps", "copies", "levels", "pins"}
+    assert module.__doc__
+    assert module.place.__doc__
+
+
+def test_a_method_that_claims_a_wrong_cost_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    posed = problem(noisy_trace(), "1x4x1")
+    monkeypatch.setattr("placer.solvers.tabu.claim", lambda layer, best: 0.9 * layer.cost(best))
+    with pytest.raises(placer.PlacerError, match="claims"):
+        solve(posed, "tabu", budget=Budget(seconds=10, rounds=1))
