@@ -32,8 +32,6 @@ COMMANDS = (
     "versions",
 )
 
-INTERRUPTED = 130
-
 
 class _Commands(click.Group):
     """Commands found by file name, and errors told in one line."""
@@ -59,7 +57,9 @@ class _Commands(click.Group):
         try:
             code = super().main(*args, **extra)
         except click.Abort:
-            _fail("interrupted", INTERRUPTED)
+            from placer.cli.interrupt import EXIT_CODE
+
+            _fail("interrupted", EXIT_CODE)
         except click.ClickException as error:
             _fail(error.format_message() + _where_to_look(error), error.exit_code)
         except PlacerError as error:

@@ -26,7 +26,9 @@ Example:
 @click.option(
     "-t", "--topology", type=options.TOPOLOGY, metavar="NAME|FILE", help="Also check that it fits a machine."
 )
-@click.option("--shape", type=options.Shape(), help="Also check that it is made for this shape.")
+@click.option(
+    "--shape", type=options.Shape(), metavar="RxSxG", help="Also check that it is made for this shape."
+)
 @options.as_json
 def command(
     *,

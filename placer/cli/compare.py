@@ -42,9 +42,21 @@ Example:
     help="Share of the sequences to hold out.",
 )
 @click.option("--test", type=options.Input(), help="Judge on this trace instead, and fit on all of TRACE.")
-@click.option("--split-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Another split.")
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, help="Runs, --seed counting up."
+    "--split-seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Another split.",
+)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Runs of each method, --seed and up.",
 )
 @click.option(
     "--max-load",
@@ -57,7 +69,7 @@ Example:
 )
 @options.load_margin
 @options.slots
-@options.replica_choice
+@options.replica_choice("nearest")
 @options.alltoall
 @options.memory
 @options.search
@@ -73,7 +85,6 @@ def command(
     shape: tuple[int, int, int] | None,
     methods: tuple[str, ...],
     test: str | None,
-    replica_choice: str | None,
     time_limit: float,
     rounds: int | None,
     gap: float | None,
@@ -108,7 +119,6 @@ def command(
             test=other,
             jobs=options.workers(jobs),
             budget=options.budget(time_limit, rounds),
-            replica_choice=replica_choice or "nearest",
             on_row=tell,
             stop=stop,
             **choices,

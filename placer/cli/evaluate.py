@@ -23,10 +23,15 @@ Example:
 @click.argument("placement", type=options.Input())
 @options.trace
 @options.topology
-@click.option("--shape", type=options.Shape(), help="Must be the placement's own, which is the default.")
+@click.option(
+    "--shape",
+    type=options.Shape(),
+    metavar="RxSxG",
+    help="Must be the placement's own, which is the default.",
+)
 @options.model
 @options.alltoall
-@options.replica_choice
+@options.replica_choice(None)
 @options.memory
 @click.option(
     "--require",

@@ -239,13 +239,24 @@ topology = click.option(
     help="The machine: a name from 'placer topology' or a TOML file.",
 )
 shape = click.option(
-    "--shape", type=Shape(), help="Racks x servers in a rack x GPUs in a server, for example 1x8x8."
+    "--shape",
+    type=Shape(),
+    metavar="RxSxG",
+    help="Racks x servers in a rack x GPUs in a server, for example 1x8x8.",
 )
-replica_choice = click.option(
-    "--replica-choice",
-    type=click.Choice(["nearest", "spread", "table", "cover"]),
-    help="Which copy of an expert a token takes.",
-)
+
+
+def replica_choice(default: str | None) -> Decorator[Any]:
+    """The dispatch rule; without a default it is the placement's."""
+    return click.option(
+        "--replica-choice",
+        type=click.Choice(["nearest", "spread", "table", "cover"]),
+        default=default,
+        show_default=True if default else "the placement's",
+        help="Which copy of an expert a token takes.",
+    )
+
+
 memory = _together(
     click.option(
         "--gpu-memory", type=Quantity(), help="Memory of a GPU, for example 80GB [default: the topology's]."
@@ -305,7 +316,12 @@ search = _together(
         help="Stop a proof at this gap; of use where a bound is computed.",
     ),
     click.option(
-        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all randomness."
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Of all randomness.",
     ),
     click.option(
         "--jobs", type=click.IntRange(min=1), metavar="N", help="Layers at once [default: as many as cores]."

@@ -46,7 +46,7 @@ Example:
 )
 @options.load_margin
 @options.slots
-@options.replica_choice
+@options.replica_choice("nearest")
 @options.memory
 @options.search
 @click.option(
@@ -66,7 +66,6 @@ def command(
     shape: tuple[int, int, int] | None,
     model: Model | None,
     method: str,
-    replica_choice: str | None,
     time_limit: float,
     rounds: int | None,
     gap: float | None,
@@ -89,6 +88,7 @@ def command(
     from placer.placement import Placement
     from placer.problem import Problem
     from placer.solution import solve
+    from placer.solvers import method as load_method
     from placer.trace import Trace
 
     for path, name in ((output, "-o"), (log_file, "--log")):
@@ -97,8 +97,7 @@ def command(
     routed = Trace.load(trace)
     start = None if initial is None else Placement.load(initial)
     machine = topology if shape is None else topology.with_shape(shape)
-    rule = replica_choice or "nearest"
-    problem = Problem.from_trace(routed, machine, model=model, replica_choice=rule, **limits)
+    problem = Problem.from_trace(routed, machine, model=model, **limits)
     log = SearchLog(quiet=quiet, file=log_file)
     log.say(
         f"placer {placer.__version__}  {routed.name}, {problem.num_layers} layers x {problem.num_experts} experts, "
@@ -134,7 +133,8 @@ def command(
         )
         for placement in (result.placement, linear)
     )
-    for note in (*result.notes, *_raised(result)):
+    keeps_caps = "caps" in load_method(method).handles
+    for note in (*result.notes, *_on_caps(result, limits["max_load"], keeps_caps)):
         log.say(f"note: {note}")
     level = deciding_level(machine)
     gain = against(report, baseline, level, copies=result.placement.has_copies)
@@ -151,8 +151,10 @@ def command(
         ctx.exit(EXIT_CODE)
 
 
-def _raised(result: Result) -> list[str]:
-    """Raised caps, one line a level."""
+def _on_caps(result: Result, max_load: float | None, keeps_caps: bool) -> list[str]:
+    """What became of the load caps: raised ones, one line a level."""
+    if max_load is not None and not keeps_caps:
+        return [f"{result.method} keeps no load caps; --max-load {max_load:g} had no effect"]
     lines = []
     for level in dict.fromkeys(row["level"] for row in result.caps_raised):
         rows = [row for row in result.caps_raised if row["level"] == level]

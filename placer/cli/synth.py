@@ -19,10 +19,20 @@ Example:
 @click.option("-o", "--output", type=options.Output(), required=True, help="The trace file (.npz) to write.")
 @click.option("--layers", type=click.IntRange(min=1), metavar="N", help="MoE layers [default: the model's].")
 @click.option(
-    "--tokens", type=click.IntRange(min=1), default=20_000, show_default=True, help="Tokens in all."
+    "--tokens",
+    type=click.IntRange(min=1),
+    default=20_000,
+    show_default=True,
+    metavar="N",
+    help="Tokens in all.",
 )
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same trace."
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Same seed, same trace.",
 )
 @click.option(
     "--sequence-length",
