@@ -65,7 +65,7 @@ def margin(layer: Layer) -> float:
     """
     if layer.max_load is None or layer.topk is None or layer.key is None:
         return 0.0
-    if len(layer.levels) == 0 or len(np.unique(layer.key)) < 2:
+    if len(layer.levels) == 0 or len(layer.key) < 2:
         return 0.0
     halves = layer.split()
     over = [_overshoot(fit, unseen) for fit, unseen in (halves, halves[::-1])]

@@ -20,6 +20,8 @@ class Clock:
         `time.monotonic` after which no round begins; infinite for none.
     rounds : int or None
         Rounds at most; None for as many as pay.
+    gap : float
+        A proof may stop this close to the best bound, as a fraction.
     stop : threading.Event
         Set from outside (Ctrl-C) to end the run early with what it has.
 
@@ -32,16 +34,23 @@ class Clock:
 
     deadline: float = float("inf")
     rounds: int | None = None
+    gap: float = 0.0
     stop: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
     def start(
-        cls, *, seconds: float | None = None, rounds: int | None = None, stop: threading.Event | None = None
+        cls,
+        *,
+        seconds: float | None = None,
+        rounds: int | None = None,
+        gap: float = 0.0,
+        stop: threading.Event | None = None,
     ) -> Clock:
         """A clock that runs from now."""
         return cls(
             deadline=float("inf") if seconds is None else time.monotonic() + seconds,
             rounds=rounds,
+            gap=gap,
             stop=stop or threading.Event(),
         )
 
@@ -61,7 +70,12 @@ class Clock:
 
     def __getstate__(self) -> dict[str, Any]:
         # An event belongs to its process; seconds left carry over to another machine, a deadline does not.
-        return {"seconds": self.remaining, "rounds": self.rounds, "stopped": self.stop.is_set()}
+        return {
+            "seconds": self.remaining,
+            "rounds": self.rounds,
+            "gap": self.gap,
+            "stopped": self.stop.is_set(),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         stop = threading.Event()
@@ -69,4 +83,5 @@ class Clock:
             stop.set()
         object.__setattr__(self, "deadline", time.monotonic() + state["seconds"])
         object.__setattr__(self, "rounds", state["rounds"])
+        object.__setattr__(self, "gap", state["gap"])
         object.__setattr__(self, "stop", stop)

@@ -79,6 +79,8 @@ def evaluate(
     rule = replica_choice or placement.rule
     if rule not in REPLICA_CHOICES:
         raise InvalidInput(f"replica choice: found {rule!r}, expected one of {', '.join(REPLICA_CHOICES)}")
+    if tokens_per_gpu < 1:
+        raise InvalidInput(f"tokens per GPU: found {tokens_per_gpu}, expected at least 1")
     enter = scheme(alltoall)
     memory = _memory(placement, topology, sized, gpu_memory, reserve, expert_dtype)
 
@@ -113,7 +115,7 @@ def evaluate(
         phases["dispatch"] += phase_seconds(entering * batch, sized.dispatch_bytes, topology)
         phases["combine"] += phase_seconds(entering * batch, sized.combine_bytes, topology)
         held = (placement.physical_to_logical[layer].reshape(placement.num_ranks, -1) >= 0).sum(axis=1)
-        phases["compute"] += compute_seconds(counts.load[0] * batch, held, topology, sized)
+        phases["compute"] += compute_seconds(counts.load[0] * batch, held, topology, sized, expert_dtype)
         busiest += _link_seconds(entering * batch, size, topology)
     touched, remote, volume, heat = per_token
     return Report(
@@ -210,9 +212,10 @@ def _assumptions(model: Model, alltoall: str, tokens_per_gpu: int, placement: Pl
     ]
     if alltoall == "hierarchical":
         said.append("a vector crosses an uplink once per remote rack and a NIC once per remote server")
+    if model.expert_width is None:
+        said.append("expert size unknown: memory is not checked, compute takes 0 s")
     if model is ASSUMED:
         said.append(f"model unknown: hidden size {model.hidden_size} and BF16 assumed")
-        said.append("expert size unknown: memory is not checked, compute takes 0 s")
     else:
         dtypes = f"{model.dispatch_dtype} dispatch, {model.combine_dtype} combine"
         said.append(f"model {model.name}: hidden size {model.hidden_size}, {dtypes}")

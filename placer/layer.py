@@ -20,6 +20,7 @@ from placer.incidence import Incidence, incidence
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Occupant = npt.NDArray[np.int32]
+Experts = npt.NDArray[np.signedinteger]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +52,7 @@ class Layer:
         Tokens that use each expert.
     pair_counts : (num_experts, num_experts) int64, optional
         Tokens that use both experts, where they are already counted.
-    topk : (num_tokens, top_k) int16, optional
+    topk : (num_tokens, top_k) int16 or int32, optional
         Experts of each token, -1 = none; None when only counts are known.
     key : (num_tokens,) uint64, optional
         Sequence key of each token (see `placer.traffic.Routes`), for splits.
@@ -71,7 +72,7 @@ class Layer:
     margin: float | str
     load: Ints
     pair_counts: Ints | None = None
-    topk: npt.NDArray[np.int16] | None = None
+    topk: Experts | None = None
     key: npt.NDArray[np.uint64] | None = None
     num_groups: int = 1
 
@@ -127,8 +128,8 @@ class Layer:
     # -- the tokens ------------------------------------------------------------------------------------
 
     @cached_property
-    def distinct(self) -> tuple[npt.NDArray[np.int16], Ints]:
-        """Distinct expert sets, (n, top_k) int16 with -1 first, and the tokens of each, (n,) int64.
+    def distinct(self) -> tuple[Experts, Ints]:
+        """Distinct expert sets, (n, top_k) with -1 first, and the tokens of each, (n,) int64.
 
         Tokens that dropped all their choices are left out.
         """
@@ -160,11 +161,11 @@ class Layer:
     @cached_property
     def pairs(self) -> Ints:
         """Tokens that use both experts, (num_slots, num_slots) int64, symmetric, zero for placeholders."""
-        from placer.search.counting import count_pairs
-
         if self.pair_counts is not None:
             spare = self.num_slots - self.num_experts
             return np.pad(self.pair_counts, ((0, spare), (0, spare)))
+        from placer.search.counting import count_pairs
+
         sets, count = self.distinct
         table = np.zeros((self.num_slots, self.num_slots), np.int64)
         if len(sets):
@@ -177,11 +178,17 @@ class Layer:
         return np.pad(self.load.astype(np.float64), (0, self.num_slots - self.num_experts))
 
     def split(self) -> tuple[Layer, Layer]:
-        """Two halves by sequence, each a layer of its own with its own caps and no margin."""
+        """Two halves by sequence, each a layer of its own with its own caps and no margin.
+
+        Tokens of a single sequence are split into alternating sixteenths instead.
+        """
         if self.topk is None or self.key is None:
             raise InvalidInput(f"layer {self.index}: found counts only, a split needs the tokens")
         keys = np.unique(self.key)
-        first = self.key <= keys[(len(keys) - 1) // 2]
+        if len(keys) == 1:
+            first = np.arange(len(self.key)) * 16 // len(self.key) % 2 == 0
+        else:
+            first = self.key <= keys[(len(keys) - 1) // 2]
         return self._part(first), self._part(~first)
 
     def sample(self, max_tokens: int) -> Layer:
@@ -221,9 +228,7 @@ class Layer:
         """Load of every unit, level by level; with counts only, copies share an expert's load evenly."""
         if self.topk is not None:
             load = self._counts(slots).load
-            return [
-                row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)
-            ]
+            return [row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)]
         copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
         share = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
         return [share.reshape(-1, width).sum(axis=1) for width in self.unit_slots]
@@ -256,7 +261,7 @@ class Layer:
         return heat
 
     @property
-    def tokens(self) -> npt.NDArray[np.int16]:
+    def tokens(self) -> Experts:
         """`topk`, or an error in one line when only counts are known."""
         if self.topk is None:
             raise InvalidInput(f"layer {self.index}: found counts only, expected the experts of every token")

@@ -8,6 +8,7 @@ import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -72,56 +73,73 @@ class Placement:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        slots = np.asarray(self.physical_to_logical)
-        if slots.ndim != 2 or slots.size == 0 or slots.dtype.kind not in "iu":
+        slots = whole_numbers(self.physical_to_logical, "physical_to_logical")
+        if slots.ndim != 2 or slots.size == 0:
             raise InvalidInput(
-                f"physical_to_logical: found {slots.dtype} of shape {slots.shape}, "
-                "expected integers of shape (num_layers, num_slots)"
+                f"physical_to_logical: found shape {slots.shape}, expected (num_layers, num_slots)"
             )
-        if len(self.shape) != 3 or min(self.shape) < 1:
-            raise InvalidInput(f"shape: found {self.shape}, expected three counts (racks, servers, gpus)")
-        if self.num_experts < 1:
-            raise InvalidInput(f"num_experts: found {self.num_experts}, expected at least 1")
-        ranks = int(np.prod(self.shape))
+        shape = whole_numbers(self.shape, "shape")
+        if shape.shape != (3,) or shape.min() < 1:
+            raise InvalidInput(
+                f"shape: found {short(self.shape)}, expected three counts: racks, servers, gpus"
+            )
+        experts = whole_numbers(self.num_experts, "num_experts")
+        ranks = int(np.prod(shape.astype(object)))
         if slots.shape[1] % ranks:
             raise InvalidInput(
                 f"physical_to_logical: found {slots.shape[1]} slots per layer, "
-                f"expected a multiple of the {ranks} ranks of shape {format_shape(self.shape)}"
+                f"expected a multiple of the {ranks} ranks of shape {'x'.join(map(str, shape))}"
             )
-        if slots.min() < -1 or slots.max() >= self.num_experts:
-            layer, slot = np.argwhere((slots < -1) | (slots >= self.num_experts))[0]
+        if experts.ndim or not 1 <= experts <= slots.shape[1]:
+            raise InvalidInput(
+                f"num_experts: found {short(self.num_experts)}, expected 1 to {slots.shape[1]}, the slots of a layer"
+            )
+        object.__setattr__(self, "num_experts", int(experts))
+        object.__setattr__(self, "shape", tuple(shape.tolist()))
+        layer_ids = whole_numbers(self.layer_ids if len(self.layer_ids) else range(len(slots)), "layer_ids")
+        if layer_ids.shape != (len(slots),):
+            raise InvalidInput(
+                f"layer_ids: found {layer_ids.size} entries, expected {len(slots)}, one per layer"
+            )
+        if layer_ids.min() < 0 or len(np.unique(layer_ids)) < len(layer_ids):
+            raise InvalidInput(
+                f"layer_ids: found {short(self.layer_ids)}, expected distinct ids, none negative"
+            )
+        object.__setattr__(self, "layer_ids", tuple(layer_ids.tolist()))
+        if self.rule not in REPLICA_CHOICES:
+            raise InvalidInput(
+                f"dispatch rule: found {short(self.rule)}, expected one of {', '.join(REPLICA_CHOICES)}"
+            )
+        if not isinstance(self.provenance, dict):
+            raise InvalidInput(f"provenance: found {short(self.provenance)}, expected an object")
+        self._check_slots(slots, ranks)
+        frozen = slots.astype(np.int32)
+        frozen.setflags(write=False)
+        object.__setattr__(self, "physical_to_logical", frozen)
+        if (self.replica_count == 0).any():
+            layer, expert = np.argwhere(self.replica_count == 0)[0]
+            raise InvalidInput(f"layer {layer}: expert {expert} has no slot; every expert needs at least one")
+        if self.table is not None:
+            self._check_table()
+
+    def _check_slots(self, slots: npt.NDArray[np.int64], ranks: int) -> None:
+        wrong = (slots < -1) | (slots >= self.num_experts)
+        if wrong.any():
+            layer, slot = np.argwhere(wrong)[0]
             raise InvalidInput(
                 f"physical_to_logical[{layer}][{slot}]: found {slots[layer, slot]}, "
                 f"expected an expert 0..{self.num_experts - 1} or -1"
             )
-        frozen = np.ascontiguousarray(slots, dtype=np.int32).copy()
-        frozen.setflags(write=False)
-        object.__setattr__(self, "physical_to_logical", frozen)
-        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
-        layer_ids = tuple(int(i) for i in self.layer_ids) or tuple(range(len(slots)))
-        if len(layer_ids) != len(slots):
+        empty = (slots < 0).reshape(len(slots), ranks, -1)
+        early = (empty[..., :-1] & ~empty[..., 1:]).any(axis=2)
+        if early.any():
+            layer, rank = np.argwhere(early)[0]
             raise InvalidInput(
-                f"layer_ids: found {len(layer_ids)} entries, expected {len(slots)}, one per layer"
+                f"layer {layer}, rank {rank}: an empty slot (-1) stands before a held one; expected it last"
             )
-        object.__setattr__(self, "layer_ids", layer_ids)
-        empty = (frozen < 0).reshape(len(frozen), ranks, -1)
-        if (empty[..., :-1] & ~empty[..., 1:]).any():
-            layer, rank = np.argwhere((empty[..., :-1] & ~empty[..., 1:]).any(axis=2))[0]
-            raise InvalidInput(
-                f"layer {layer}, rank {rank}: an empty slot (-1) stands before a held one; expected last"
-            )
-        if (self.replica_count == 0).any():
-            layer, expert = np.argwhere(self.replica_count == 0)[0]
-            raise InvalidInput(f"layer {layer}: expert {expert} has no slot; every expert needs at least one")
-        if self.rule not in REPLICA_CHOICES:
-            raise InvalidInput(
-                f"dispatch rule: found {self.rule!r}, expected one of {', '.join(REPLICA_CHOICES)}"
-            )
-        if self.table is not None:
-            self._check_table()
 
     def _check_table(self) -> None:
-        table = np.array(self.table, dtype=np.int32)
+        table = whole_numbers(self.table, "dispatch table").astype(np.int32)
         expected = (self.num_layers, self.shape[0] * self.shape[1], self.num_experts)
         if table.shape != expected:
             raise InvalidInput(
@@ -223,7 +241,10 @@ class Placement:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the placement file, whole or not at all."""
-        text = json.dumps(self.to_dict()) + "\n"
+        try:
+            text = json.dumps(self.to_dict(), allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"{path}: provenance cannot be written as JSON: {error}") from None
         write_atomically(path, lambda file: file.write(text.encode()))
 
     @classmethod
@@ -258,28 +279,31 @@ class Placement:
         if not isinstance(document, dict):
             raise InvalidInput(f"found a JSON {type(document).__name__}, expected an object")
         if document.get("schema") != SCHEMA:
-            raise InvalidInput(f"schema: found {document.get('schema')!r}, expected {SCHEMA!r}")
-        dispatch = document.get("dispatch") or {}
+            raise InvalidInput(f"schema: found {short(document.get('schema'))}, expected {SCHEMA!r}")
+        dispatch = document.get("dispatch")
+        dispatch = {} if dispatch is None else dispatch
         if not isinstance(dispatch, dict):
-            raise InvalidInput(f"dispatch: found {type(dispatch).__name__}, expected an object")
-        provenance = document.get("provenance")
-        shape = _integers(document, "shape")
-        if shape.shape != (3,):
-            raise InvalidInput(f"shape: found {shape.tolist()}, expected [racks, servers, gpus]")
+            raise InvalidInput(f"dispatch: found {short(dispatch)}, expected an object")
+        for key in ("physical_to_logical", "num_experts", "shape"):
+            if key not in document:
+                raise InvalidInput(f"key {key!r} is missing")
+        layer_ids = document.get("layer_ids", ())
+        if not isinstance(layer_ids, list | tuple) or ("layer_ids" in document and not layer_ids):
+            raise InvalidInput(f"layer_ids: found {short(layer_ids)}, expected a list of integers")
         placement = cls(
-            physical_to_logical=_integers(document, "physical_to_logical").astype(np.int32),
-            num_experts=int(_integers(document, "num_experts")),
-            shape=(int(shape[0]), int(shape[1]), int(shape[2])),
-            layer_ids=tuple(_integers(document, "layer_ids").ravel().tolist())
-            if "layer_ids" in document
-            else (),
-            rule=str(dispatch.get("rule", "nearest")),
-            table=_table(dispatch.get("table")),
-            provenance=provenance if isinstance(provenance, dict) else {},
+            physical_to_logical=document["physical_to_logical"],
+            num_experts=document["num_experts"],
+            shape=document["shape"],
+            layer_ids=tuple(layer_ids),
+            rule=dispatch.get("rule", "nearest"),
+            table=None if dispatch.get("table") is None else _table(dispatch["table"]),
+            provenance=document.get("provenance") or {},
         )
         for key, value in (("num_ranks", placement.num_ranks), ("slots_per_rank", placement.slots_per_rank)):
-            if key in document and document[key] != value:
-                raise InvalidInput(f"{key}: found {document[key]!r}, expected {value} from shape and slots")
+            if key in document and (isinstance(document[key], bool) or document[key] != value):
+                raise InvalidInput(
+                    f"{key}: found {short(document[key])}, expected {value} from shape and slots"
+                )
         return placement
 
 
@@ -288,24 +312,36 @@ def format_shape(shape: tuple[int, int, int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _integers(document: dict[str, Any], key: str) -> npt.NDArray[np.int64]:
-    if key not in document:
-        raise InvalidInput(f"key {key!r} is missing")
+def whole_numbers(value: Any, what: str) -> npt.NDArray[np.int64]:
+    """`value` as int64, where it is a rectangle of integers below 2**31.
+
+    Raises
+    ------
+    InvalidInput
+        Naming `what` and what was found.
+    """
     try:
-        array = np.array(document[key])
-    except ValueError:
-        raise InvalidInput(f"{key}: rows differ in length, expected a rectangle of integers") from None
-    if array.dtype.kind not in "iu" or array.size == 0 or np.abs(array.astype(np.int64)).max() >= 2**31:
-        raise InvalidInput(f"{key}: found {str(document[key])[:40]!r}, expected integers below 2**31")
+        array = np.asarray(value)
+    except (ValueError, OverflowError):
+        raise InvalidInput(
+            f"{what}: found rows of unequal length, expected a rectangle of integers"
+        ) from None
+    if array.dtype.kind not in "iu" or (array.size and max(abs(int(array.min())), int(array.max())) >= 2**31):
+        raise InvalidInput(f"{what}: found {short(value)}, expected integers below 2**31")
+    if _holds_booleans(value):
+        raise InvalidInput(f"{what}: found a boolean among {short(value)}, expected integers")
     return array.astype(np.int64)
 
 
-def _table(rows: Any) -> npt.NDArray[np.int32] | None:
-    if rows is None:
-        return None
-    try:
-        return np.array(
-            [[[-1 if s is None else int(s) for s in row] for row in layer] for layer in rows], np.int32
-        )
-    except (TypeError, ValueError, OverflowError):
-        raise InvalidInput("dispatch table: expected [layer][server][expert] of slots or null") from None
+def _holds_booleans(value: Any) -> bool:
+    """Whether a nested list mixes true or false with integers, which numpy takes for 1 and 0."""
+    if isinstance(value, list | tuple):
+        return any(_holds_booleans(item) for item in value)
+    return isinstance(value, bool)
+
+
+def _table(rows: Any) -> Any:
+    """The dispatch table of a file with -1 for null."""
+    if isinstance(rows, list):
+        return [_table(row) for row in rows] if rows else [-1]
+    return -1 if rows is None else rows

@@ -118,6 +118,21 @@ class Problem:
                 f"slots: {self.num_slots} a layer ({self.num_ranks} GPUs x {self.slots_per_rank}) "
                 f"cannot hold {self.num_experts} experts"
             )
+        if self.routes is not None:
+            found = (self.routes.num_tokens, self.routes.topk_idx.shape[1], self.routes.num_experts)
+            expected = (self.num_tokens, self.num_layers, self.num_experts)
+            if found != expected:
+                raise InvalidInput(
+                    f"routes: found (tokens, layers, experts) {found}, the traffic has {expected}"
+                )
+        if len(self.layer_ids) != self.num_layers:
+            raise InvalidInput(f"layer ids: found {len(self.layer_ids)}, expected {self.num_layers}")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise InvalidInput(
+                f"groups: found {self.num_groups}, expected a divisor of {self.num_experts} experts"
+            )
+        if not 0 <= self.reserve < math.inf:
+            raise InvalidInput(f"reserve: found {self.reserve}, expected 0 bytes or more")
         if self.max_load is not None and not 1.0 <= self.max_load < math.inf:
             raise InvalidInput(
                 f"max load: found {self.max_load}, expected 1.0 or more (a unit's load over the mean)"
@@ -132,13 +147,17 @@ class Problem:
             raise InvalidInput(
                 f"replica choice: found {self.replica_choice!r}, expected one of {', '.join(REPLICA_CHOICES)}"
             )
-        needed = self.expert_bytes_per_gpu
-        if needed is not None and needed + self.reserve > self.gpu_memory:
-            slots = self.num_layers * self.slots_per_rank
+        if self.replica_choice in ("table", "cover") and self.num_slots > self.num_experts:
+            raise InvalidInput(
+                f"replica choice {self.replica_choice!r}: no method places copies for it; expected nearest or spread"
+            )
+        size = self.model.expert_bytes(self.expert_dtype)
+        experts = -(-self.num_experts // self.num_ranks)  # on the fullest GPU, however they are spread
+        if size is not None and experts * self.num_layers * size + self.reserve > self.gpu_memory:
             raise Infeasible(
-                f"memory: a GPU needs {(needed + self.reserve) / 1e9:.1f} GB ({self.num_layers} layers x "
-                f"{self.slots_per_rank} slots x {needed / slots / 1e6:.1f} MB + {self.reserve / 1e9:.1f} GB "
-                f"reserve), it has {self.gpu_memory / 1e9:.1f} GB"
+                f"memory: a GPU needs {(experts * self.num_layers * size + self.reserve) / 1e9:.2f} GB "
+                f"({self.num_layers} layers x {experts} experts x {size / 1e6:.1f} MB + "
+                f"{self.reserve / 1e9:.2f} GB reserve), it has {self.gpu_memory / 1e9:.2f} GB"
             )
 
     @property
@@ -167,22 +186,19 @@ class Problem:
         return self.num_ranks * self.slots_per_rank
 
     @property
-    def expert_bytes_per_gpu(self) -> float | None:
-        """Bytes of a GPU's experts when all its slots are held; None when the expert size is unknown."""
-        size = self.model.expert_bytes(self.expert_dtype)
-        return None if size is None else size * self.num_layers * self.slots_per_rank
-
-    @property
     def seconds_per_vector(self) -> tuple[float, ...]:
         """Seconds that one vector, there and back, occupies a GPU's share of each level's links."""
         size = self.model.dispatch_bytes + self.model.combine_bytes
         return tuple(size / level.effective_bandwidth for level in self.topology.levels)
 
     def layer(self, index: int) -> Layer:
-        """One layer, as methods see it."""
+        """One layer, as methods see it; layers count from 0."""
+        if not 0 <= index < self.num_layers:
+            raise InvalidInput(f"layer: found {index}, expected 0 to {self.num_layers - 1}")
         topk = None
         if self.routes is not None:
-            topk = np.ascontiguousarray(self.routes.topk_idx[:, index], dtype=np.int16)
+            width = np.int16 if self.num_experts < 2**15 else np.int32
+            topk = self.routes.topk_idx[:, index].astype(width)
         return Layer(
             index=index,
             num_experts=self.num_experts,

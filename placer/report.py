@@ -98,8 +98,11 @@ class Report:
                 known = ", ".join(found) if isinstance(found, dict) else "no further keys"
                 raise InvalidInput(f"{path}: no {key!r} in the report; known: {known}")
             found = found[key]
+        if found is None:
+            raise InvalidInput(f"{path}: not known here, expected a number; the report's assumptions say why")
         if isinstance(found, bool) or not isinstance(found, int | float):
-            raise InvalidInput(f"{path}: found {type(found).__name__}, expected a number")
+            kind = "an object" if isinstance(found, dict) else "a list" if isinstance(found, list) else "text"
+            raise InvalidInput(f"{path}: found {kind}, expected a number")
         return float(found)
 
     def require(self, gate: str) -> None:
@@ -122,7 +125,7 @@ class Report:
             ) from None
         value = self.value(path)
         if not _COMPARE[sign](value, limit):
-            raise GateFailed(f"{path} is {value:.6g}, required {sign} {limit:g}")
+            raise GateFailed(f"{path} is {value!r}, required {sign} {limit!r}")
 
     def __str__(self) -> str:
         lines = [f"{'':10}{'touched':>9}{'remote':>9}{'bytes/token':>13}{'max/mean':>10}{'worst layer':>13}"]
@@ -150,7 +153,7 @@ def format_bytes(count: float) -> str:
     ('1.23 MB', '12 B')
     """
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(count) >= size:
+        if abs(count) >= 0.9995 * size:  # what three digits would round up
             return f"{count / size:.3g} {unit}"
     return f"{count:.3g} B"
 
@@ -164,6 +167,6 @@ def format_seconds(seconds: float) -> str:
     ('1.23 ms', '12 s')
     """
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if abs(seconds) >= size:
+        if abs(seconds) >= 0.9995 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds * 1e6:.3g} us"

@@ -19,7 +19,7 @@ from placer.errors import InvalidInput, NoPlacement, PlacerError
 from placer.layer import Layer
 from placer.placement import Placement
 from placer.problem import Problem
-from placer.solvers import Method, Placed, method
+from placer.solvers import Method, Placed, linear, method
 
 Slots = npt.NDArray[np.int32]
 
@@ -37,16 +37,21 @@ class Budget:
         Wall seconds for all layers together, compilation excluded; None for no limit.
     rounds : int or None
         Rounds of search per layer; None for as many as pay.
+    gap : float
+        A proof may stop this close to the best bound, as a fraction of the incumbent.
     """
 
     seconds: float | None = 60.0
     rounds: int | None = None
+    gap: float = 0.0
 
     def __post_init__(self) -> None:
         if self.seconds is not None and not self.seconds >= 0:
             raise InvalidInput(f"time limit: found {self.seconds}, expected 0 seconds or more")
         if self.rounds is not None and self.rounds < 0:
             raise InvalidInput(f"rounds: found {self.rounds}, expected 0 or more")
+        if not 0 <= self.gap < 1:
+            raise InvalidInput(f"gap: found {self.gap}, expected a fraction from 0 to below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,14 +188,14 @@ def solve(
     """
     import joblib
 
-    begun = time.monotonic()
     budget = budget or Budget()
     if jobs < 1:
         raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
     chosen = _usable(problem, method)
     starts = _initial(problem, initial)
     _compile(chosen, problem)
-    clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, stop=stop)
+    begun = time.monotonic()
+    clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, gap=budget.gap, stop=stop)
     workers = min(jobs, problem.num_layers)
     run = joblib.Parallel(
         n_jobs=workers, prefer="threads", return_as="generator_unordered", pre_dispatch=workers, batch_size=1
@@ -236,7 +241,7 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
     return _Done(
         index=layer.index,
         placed=placed,
-        linear_cost=layer.cost(layer.linear()),
+        linear_cost=layer.score(linear.place(layer, rng=rng, clock=clock).slots)[1],
         cost=cost,
         heat=layer.heat(placed.slots),
         raised=caps.raised(layer),
@@ -292,7 +297,7 @@ def _shares(clock: Clock, layers: int, workers: int) -> Iterator[Clock]:
 
 
 class _Log:
-    """Turns finished layers into events; layers not yet done count as linear."""
+    """Turns finished layers into events."""
 
     def __init__(self, problem: Problem, method: str, begun: float) -> None:
         self.layers, self.tokens = problem.num_layers, problem.num_tokens

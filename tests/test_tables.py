@@ -92,7 +92,7 @@ def instances(draw: st.DrawFn) -> Instance:
     tokens[rng.random(tokens.shape) < draw(st.sampled_from([0.0, 0.3]))] = -1
     if draw(st.booleans()):
         tokens[tokens == rng.integers(experts)] = -1  # an expert that nobody uses
-    weights = rng.integers(0, 5, count).astype(np.int64)
+    weights = rng.integers(1, 5, count).astype(np.int64)
     cap = rng.integers(0, 2 * int(weights.sum()) * top_k + 1, len(sizes)).astype(np.float64)
     cap[rng.random(len(sizes)) < 0.3] = np.inf
     return Instance(
@@ -236,14 +236,14 @@ def test_tables_from_scratch_equal_their_definition(case: Instance, exact: bool)
     assert np.array_equal(tables.occupant, case.occupant)
 
 
-@settings(max_examples=60, deadline=None)
-@given(case=instances(), exact=st.booleans(), data=st.data())
+@settings(max_examples=100, deadline=None)
+@given(case=instances(), exact=st.booleans(), swaps=st.integers(1, 8), seed=st.integers(0, 2**16))
 def test_tables_stay_true_over_any_sequence_of_swaps(
-    case: Instance, exact: bool, data: st.DataObject
+    case: Instance, exact: bool, swaps: int, seed: int
 ) -> None:
-    tables = Tables(case, exact)
-    swaps = st.tuples(st.integers(0, case.positions - 1), st.integers(0, case.positions - 1))
-    for i, j in data.draw(st.lists(swaps.filter(lambda swap: swap[0] < swap[1]), max_size=8)):
+    tables, rng = Tables(case, exact), np.random.default_rng(seed)
+    for _ in range(swaps):
+        i, j = sorted(rng.choice(case.positions, 2, replace=False).tolist())
         before = tables.occupant.copy()
         tables.swap(i, j)
         assert np.array_equal(tables.occupant, swapped(before, i, j))

@@ -62,7 +62,9 @@ class SearchLog:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
             columns = (TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar = Progress(
+                *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
+            )
             self._task = self._bar.add_task("layers", total=layers)
             self._bar.start()
         try:

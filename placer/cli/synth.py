@@ -39,6 +39,7 @@ Example:
     type=click.IntRange(min=1),
     default=200,
     show_default=True,
+    metavar="N",
     help="Tokens of a document.",
 )
 @options.as_json

@@ -174,6 +174,7 @@ def _partition(
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0
     solver.parameters.max_deterministic_time = DETERMINISTIC_SECONDS
+    solver.parameters.relative_gap_limit = clock.gap
     solver.parameters.max_time_in_seconds = min(clock.remaining, 1e6)
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
