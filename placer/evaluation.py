@@ -6,8 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.alltoall import scheme
-from placer.errors import Infeasible, InvalidInput
+from placer.errors import InvalidInput
 from placer.incidence import incidence
+from placer.memory import worst_gpu_bytes
 from placer.model import ASSUMED, Model
 from placer.placement import REPLICA_CHOICES, Placement, format_shape
 from placer.problem import DEFAULT_RESERVE
@@ -82,7 +83,10 @@ def evaluate(
     if tokens_per_gpu < 1:
         raise InvalidInput(f"tokens per GPU: found {tokens_per_gpu}, expected at least 1")
     enter = scheme(alltoall)
-    memory = _memory(placement, topology, sized, gpu_memory, reserve, expert_dtype)
+    capacity = topology.gpu_memory if gpu_memory is None else gpu_memory
+    held_bytes = worst_gpu_bytes(
+        placement, sized, capacity=capacity, reserve=reserve, expert_dtype=expert_dtype
+    )
 
     levels = [topology.index(name) for name in REPORTED]
     units = [topology.num_units[level] for level in levels]
@@ -132,7 +136,7 @@ def evaluate(
         },
         seconds={**phases, "step": sum(phases.values())},
         bottleneck=_bottleneck(busiest, phases["compute"], topology),
-        memory=memory,
+        memory={"worst_gpu_bytes": held_bytes, "capacity_bytes": capacity, "reserve_bytes": reserve},
         assumptions=_assumptions(sized, alltoall, tokens_per_gpu, placement),
         per_layer={
             "layer_ids": list(trace.layer_ids),
@@ -156,30 +160,6 @@ def _check(placement: Placement, trace: Trace, topology: Topology) -> None:
 def _ids(ids: tuple[int, ...]) -> str:
     runs = ids == tuple(range(ids[0], ids[0] + len(ids)))
     return f"{ids[0]}..{ids[-1]}" if runs else ",".join(map(str, ids))
-
-
-def _memory(
-    placement: Placement,
-    topology: Topology,
-    model: Model,
-    gpu_memory: float | None,
-    reserve: float,
-    expert_dtype: str | None,
-) -> dict[str, float | None]:
-    capacity = topology.gpu_memory if gpu_memory is None else gpu_memory
-    size = model.expert_bytes(expert_dtype)
-    worst = None
-    if size is not None:
-        held = (placement.physical_to_logical >= 0).reshape(placement.num_layers, placement.num_ranks, -1)
-        slots = held.sum(axis=(0, 2))
-        rank = int(slots.argmax())
-        worst = float(slots[rank] * size)
-        if worst + reserve > capacity:
-            raise Infeasible(
-                f"memory: GPU {rank} needs {(worst + reserve) / 1e9:.1f} GB ({slots[rank]} experts x "
-                f"{size / 1e6:.1f} MB + {reserve / 1e9:.1f} GB reserve), it has {capacity / 1e9:.1f} GB"
-            )
-    return {"worst_gpu_bytes": worst, "capacity_bytes": capacity, "reserve_bytes": reserve}
 
 
 def _link_seconds(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from placer.errors import Infeasible, InvalidInput
-from placer.layer import Layer
+from placer.layer import Experts, Layer
 from placer.model import Model
 from placer.placement import REPLICA_CHOICES
 from placer.topology import Topology
@@ -152,12 +152,12 @@ class Problem:
                 f"replica choice {self.replica_choice!r}: no method places copies for it; expected nearest or spread"
             )
         size = self.model.expert_bytes(self.expert_dtype)
-        experts = -(-self.num_experts // self.num_ranks)  # on the fullest GPU, however they are spread
-        if size is not None and experts * self.num_layers * size + self.reserve > self.gpu_memory:
+        experts = -(-self.num_layers * self.num_experts // self.num_ranks)  # of the fullest GPU, at the least
+        if size is not None and experts * size + self.reserve > self.gpu_memory:
             raise Infeasible(
-                f"memory: a GPU needs {(experts * self.num_layers * size + self.reserve) / 1e9:.2f} GB "
-                f"({self.num_layers} layers x {experts} experts x {size / 1e6:.1f} MB + "
-                f"{self.reserve / 1e9:.2f} GB reserve), it has {self.gpu_memory / 1e9:.2f} GB"
+                f"memory: a GPU needs {(experts * size + self.reserve) / 1e9:.2f} GB ({experts} experts over "
+                f"{self.num_layers} layers x {size / 1e6:.1f} MB + {self.reserve / 1e9:.2f} GB reserve), "
+                f"it has {self.gpu_memory / 1e9:.2f} GB"
             )
 
     @property
@@ -195,10 +195,10 @@ class Problem:
         """One layer, as methods see it; layers count from 0."""
         if not 0 <= index < self.num_layers:
             raise InvalidInput(f"layer: found {index}, expected 0 to {self.num_layers - 1}")
-        topk = None
+        topk: Experts | None = None
         if self.routes is not None:
-            width = np.int16 if self.num_experts < 2**15 else np.int32
-            topk = self.routes.topk_idx[:, index].astype(width)
+            column = self.routes.topk_idx[:, index]
+            topk = column.astype(np.int16) if self.num_experts < 2**15 else column.astype(np.int32)
         return Layer(
             index=index,
             num_experts=self.num_experts,

@@ -17,6 +17,7 @@ from placer import caps
 from placer.clock import Clock
 from placer.errors import InvalidInput, NoPlacement, PlacerError
 from placer.layer import Layer
+from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
 from placer.problem import Problem
 from placer.solvers import Method, Placed, linear, method
@@ -175,6 +176,8 @@ def solve(
     ------
     InvalidInput
         When the method is unknown or needs statistics that the problem lacks.
+    Infeasible
+        When the copies that the method made do not fit into memory.
     NoPlacement
         When the run was stopped before anything was placed.
 
@@ -330,6 +333,13 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         layer_ids=problem.layer_ids,
         rule=problem.replica_choice,
         provenance=_provenance(problem, name, seed),
+    )
+    worst_gpu_bytes(
+        placement,
+        problem.model,
+        capacity=problem.gpu_memory,
+        reserve=problem.reserve,
+        expert_dtype=problem.expert_dtype,
     )
     bounds = [part.placed.bound for part in done]
     bound = None

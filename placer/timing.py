@@ -1,6 +1,6 @@
 """Seconds of one step: the busiest link of each phase, and the straggler's compute.
 
-A phase (dispatch or combine of one layer) takes the latency of the farthest level it uses plus the largest
+A phase (dispatch or combine of one layer) takes the largest latency of the levels it uses plus the largest
 over links of bytes / effective bandwidth. Real transports take 0 to 27 % longer than that bound.
 """
 

@@ -146,7 +146,7 @@ def test_too_little_memory_is_infeasible(tmp_path: Path) -> None:
     path = tmp_path / "trace.npz"
     write_trace(path, np.zeros((5, 32, 1), np.int8), {"num_experts": 8, "model": "Mixtral-8x7B"})
     outcome = placer("solve", path, *MACHINE, "--gpu-memory", "30GB", "-o", tmp_path / "p.json")
-    refused(outcome, tmp_path, {path}, 3, "memory: a GPU needs 42.5 GB", "it has 30.0 GB")
+    refused(outcome, tmp_path, {path}, 3, "memory: a GPU needs 42.55 GB", "it has 30.00 GB")
 
 
 @pytest.mark.parametrize("output", ["missing/p.json", ".", "trace.npz/p.json", "trace.npz", "-"])

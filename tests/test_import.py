@@ -10,7 +10,11 @@ HEAVY = ("ortools", "numba", "scipy", "networkx", "pandas", "rich", "joblib", "c
 
 def loaded_after(statement: str) -> set[str]:
     code = f"{statement}; import sys; print(' '.join(m.split('.')[0] for m in sys.modules))"
-    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_importing_placer_loads_numpy_only() -> None:

@@ -128,7 +128,7 @@ def test_experts_beyond_memory_are_infeasible_by_name() -> None:
     trace, topology = random_trace(0, 5, 8, 2, layers=3), H100.with_shape("1x2x2")
     needed = 3 * 2 * 6e6  # layers, slots a GPU, bytes of an expert
     fits = Problem.from_trace(trace, topology, model=TOY, gpu_memory=needed + 1e9, reserve=1e9)
-    with pytest.raises(Infeasible, match=r"memory: .*3 layers x 2 experts x 6\.0 MB \+ 1\.0+ GB reserve"):
+    with pytest.raises(Infeasible, match=r"memory: .*6 experts over 3 layers x 6\.0 MB \+ 1\.0+ GB reserve"):
         replace(fits, gpu_memory=needed + 1e9 - 1)
     with pytest.raises(Infeasible, match="memory"):
         replace(fits, reserve=1e9 + 1)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placer import Budget, Placement, Topology, Trace, solve
-from placer.errors import InvalidInput
+from placer import Budget, Model, Placement, Topology, Trace, solve
+from placer.errors import Infeasible, InvalidInput
 from placer.solution import Event
 from tests.instances import blocks_trace, noisy_trace, problem
 from tests.oracle import optimum
@@ -24,7 +24,9 @@ from tests.oracle import optimum
     st.sampled_from([(8, 2), (8, 4), (12, 3), (12, 4), (12, 6), (16, 4)]),
     st.sampled_from([None, 1.3, 1.1]),
 )
-def test_cpsat_proves_the_optimum_of_small_layers(seed: int, size: tuple[int, int], cap: float | None) -> None:
+def test_cpsat_proves_the_optimum_of_small_layers(
+    seed: int, size: tuple[int, int], cap: float | None
+) -> None:
     experts, units = size
     trace = noisy_trace(num_experts=experts, top_k=3, tokens=120, layers=1, seed=seed)
     posed = problem(trace, f"1x{units}x1", max_load=cap)
@@ -77,7 +79,9 @@ def test_three_levels_are_weighed_together() -> None:
     flat = problem(trace, "1x4x1", max_load=1.3)
     servers_only = solve(flat, "auto", budget=Budget(seconds=30, rounds=4)).placement
     assert layer.score(seen.placement.physical_to_logical[0])[0] == 0
-    assert layer.score(seen.placement.physical_to_logical[0]) < layer.score(servers_only.physical_to_logical[0])
+    assert layer.score(seen.placement.physical_to_logical[0]) < layer.score(
+        servers_only.physical_to_logical[0]
+    )
 
 
 def test_stopping_keeps_a_whole_placement() -> None:
@@ -132,12 +136,24 @@ def test_counts_alone_are_enough_for_load_methods() -> None:
         solve(counts, "tabu")
 
 
+def test_copies_that_do_not_fit_into_memory_are_infeasible() -> None:
+    model = Model(name="toy", hidden_size=1000, expert_width=1000)  # 6 MB an expert
+    trace = noisy_trace(num_experts=4, top_k=2, layers=1)
+    posed = problem(trace, "1x2x1", model=model, slots_per_gpu=3, gpu_memory=12e6, reserve=0.0)
+    with pytest.raises(Infeasible, match="memory: GPU 0 needs"):
+        solve(posed, "eplb")
+    assert (solve(posed, "lpt").placement.replica_count == 1).all()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "tabuu"}, "did you mean tabu"),
         ({"jobs": 0}, "jobs"),
-        ({"initial": Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))}, "initial"),
+        (
+            {"initial": Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))},
+            "initial",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(options: dict[str, object], message: str) -> None:

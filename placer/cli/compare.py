@@ -118,7 +118,7 @@ def command(
             methods or None,
             test=other,
             jobs=options.workers(jobs),
-            budget=options.budget(time_limit, rounds),
+            budget=options.budget(time_limit, rounds, gap),
             on_row=tell,
             stop=stop,
             **choices,

@@ -332,11 +332,11 @@ search = _together(
 # -- what the options mean ---------------------------------------------------------------------------------
 
 
-def budget(time_limit: float, rounds: int | None) -> Any:
-    """The budget that ``--time-limit`` and ``--rounds`` stand for."""
+def budget(time_limit: float, rounds: int | None, gap: float | None) -> Any:
+    """The budget that ``--time-limit``, ``--rounds`` and ``--gap`` stand for."""
     from placer.solution import Budget
 
-    return Budget(seconds=time_limit, rounds=rounds)
+    return Budget(seconds=time_limit, rounds=rounds, gap=gap or 0.0)
 
 
 def workers(jobs: int | None) -> int:

@@ -109,7 +109,7 @@ def command(
             return solve(
                 problem,
                 method,
-                budget=options.budget(time_limit, rounds),
+                budget=options.budget(time_limit, rounds, gap),
                 seed=seed,
                 initial=start,
                 jobs=options.workers(jobs),
