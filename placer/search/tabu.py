@@ -123,6 +123,10 @@ def apply_exact(
     _swap_tables(i, j, occupant, load, H, Q, S)
     levels, width = size.shape[0], tokens.shape[1]
     at = np.empty(width, np.int32)
+    unit = np.empty((levels, occupant.shape[0]), np.int32)  # a table, since division is slow
+    for level in range(levels):
+        for p in range(occupant.shape[0]):
+            unit[level, p] = p // size[level]
     for side in range(2):
         expert = e if side == 0 else f
         for x in range(first_use[expert], first_use[expert + 1]):
@@ -142,13 +146,13 @@ def apply_exact(
                 continue
             w = weights[t]
             for level in range(levels):
-                a, b = i // size[level], j // size[level]
+                a, b = unit[level, i], unit[level, j]
                 if a == b:
                     continue
                 # Now e stands on j in b and f on i in a; before, e was in a and f in b.
                 in_a, in_b, other_a, other_b = 0, 0, -1, -1
                 for y in range(n):
-                    u = at[y] // size[level]
+                    u = unit[level, at[y]]
                     if u == a and at[y] != i:
                         in_a += 1
                         other_a = at[y]
@@ -265,6 +269,16 @@ def _excess(load, size, cap):
     return unit_load, total
 
 
+@njit(cache=True, nogil=True, fastmath=True)
+def _least(row, bar, start, stop):
+    """Least of row[start:stop], and of those where `bar` is 0; all values are finite, so it may be vectorised."""
+    least, free = FAR, FAR
+    for j in range(start, stop):
+        least = min(least, row[j])
+        free = min(free, row[j] + bar[j])
+    return least, free
+
+
 @njit(cache=True, nogil=True)
 def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row):
     """The best swap of positions in different inner units.
@@ -274,6 +288,7 @@ def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, want
     """
     levels, positions = size.shape[0], load.shape[0]
     best, best_i, best_j = FAR, -1, -1
+    bar = np.where(frozen, FAR, 0.0)
     for i in range(positions):
         a = i // inner
         start = (a + 1) * inner
@@ -294,10 +309,13 @@ def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, want
                 gap = other + load[i] - cap[level]
                 for j in range(u * size[level], (u + 1) * size[level]):
                     row[j] += penalty * (max(0.0, rest + load[j]) + max(0.0, gap - load[j]) - old)
-        held = frozen[i]
-        for j in range(start, positions):
-            if row[j] < best and (row[j] < wanted or not (held or frozen[j])):
-                best, best_i, best_j = row[j], i, j
+        least, least_free = _least(row, bar, start, positions)
+        if frozen[i]:
+            least_free = FAR
+        if least_free < best or (least < best and least < wanted):
+            for j in range(start, positions):
+                if row[j] < best and (row[j] < wanted or not (frozen[i] or frozen[j])):
+                    best, best_i, best_j = row[j], i, j
     return best_i, best_j, best
 
 

@@ -11,12 +11,11 @@ References: Occult, Luo et al., ICML 2025, arXiv:2505.13345.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import numpy.typing as npt
 
 from placer.clock import Clock
+from placer.hierarchy import top_down_by_pairs
 from placer.layer import Ints, Layer
 from placer.solvers import Placed
 
@@ -28,38 +27,7 @@ def place(
     layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: npt.NDArray[np.int32] | None = None
 ) -> Placed:
     """Groups by co-activation, outermost level first; ties go to the lower expert."""
-    return Placed(slots=top_down(layer, grow))
-
-
-def top_down(layer: Layer, divide: Callable[[Ints, Ints], Ints]) -> npt.NDArray[np.int32]:
-    """Slots from dividing the experts level by level, outermost first, into units of equal size.
-
-    Parameters
-    ----------
-    layer : Layer
-    divide : callable
-        ``divide(pairs, sizes)`` gets the co-activation (m, m) of m experts and the sizes of their groups,
-        which add up to m and differ by at most one, and returns the group (m,) of each expert.
-
-    Returns
-    -------
-    (num_slots,) int32
-        In the order of `Layer.slots`.
-    """
-    units = [np.arange(layer.num_experts)]
-    room = layer.num_slots
-    for size in layer.sizes[::-1].tolist():
-        inner: list[Ints] = []
-        for members in units:
-            sizes = np.full(room // size, len(members) // (room // size))
-            sizes[: len(members) % len(sizes)] += 1
-            group = divide(layer.pairs[np.ix_(members, members)], sizes) if len(members) else members
-            inner += [members[group == g] for g in range(len(sizes))]
-        units, room = inner, size
-    rows = np.full((len(units), room), -1, np.int32)
-    for row, members in zip(rows, units, strict=True):
-        row[: len(members)] = members
-    return layer.slots(layer.occupant(rows.ravel()))
+    return Placed(slots=top_down_by_pairs(layer, grow))
 
 
 def grow(pairs: Ints, sizes: Ints) -> Ints:

@@ -19,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.clock import Clock
+from placer.hierarchy import top_down_by_pairs
 from placer.layer import Floats, Ints, Layer
 from placer.solvers import Placed
-from placer.solvers.greedy import top_down
 
 needs = frozenset({"pairs"})
 handles = frozenset({"levels"})
@@ -34,7 +34,7 @@ def place(
     layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: npt.NDArray[np.int32] | None = None
 ) -> Placed:
     """Groups by spectral embedding, outermost level first."""
-    return Placed(slots=top_down(layer, partial(cut, rng=rng)))
+    return Placed(slots=top_down_by_pairs(layer, partial(cut, rng=rng)))
 
 
 def cut(pairs: Ints, sizes: Ints, rng: np.random.Generator) -> Ints:

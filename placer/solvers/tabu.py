@@ -1,16 +1,17 @@
 """Fewest touched units within the load caps, by tabu search over swaps on the exact objective.
 
-Idea: several starts (contiguous, load-only, random) go through tabu search on pairs, which is fast; the best
-continue on the exact number of touched units, level by level at once. Rounds of shuffling a few units and
-searching again follow until they stop paying. Where contiguous experts keep the caps, a split by sequence
-decides first whether searching beats them on unseen tokens at all (gate groups often make them unbeatable).
-Large traces are searched on every n-th token and polished on all of them.
+Idea: many starts (contiguous, load-only, hierarchical, random) go through tabu search on pairs, which is fast; the
+best of them continue on the exact number of touched units, all levels at once, and make an elite. Rounds cross
+two of the elite (whole units inherited in turn) or shuffle a few units of one, search again, and keep what is
+better, until that stops paying. Where contiguous experts keep the caps, a split by sequence decides first
+whether searching beats them on unseen tokens at all (gate groups often make them unbeatable). Large traces are
+searched on every n-th token first and then on all of them.
 
 Complexity per swap: E^2/2 evaluations of O(levels), and about 2 T k / E tokens visited to apply one.
 Wins on every trace tried once co-activation is not uniform; where routing is uniform there is nothing to win.
 
-References: Glover 1989, doi:10.1287/ijoc.1.3.190; Lourenco, Martin and Stuetzle, "Iterated Local Search",
-2003, doi:10.1007/0-306-48056-5_11.
+References: Glover 1989, doi:10.1287/ijoc.1.3.190; crossing whole parts as in Galinier and Hao, "Hybrid
+Evolutionary Algorithms for Graph Coloring", 1999, doi:10.1023/A:1009823419804.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ import numpy.typing as npt
 from placer.clock import Clock
 from placer.layer import Layer, Occupant
 from placer.search import descend
+from placer.search.variation import crossed, hierarchical, random_start, shuffled
 from placer.solvers import Placed
 
 needs = frozenset({"routes"})
 handles = frozenset({"caps", "levels"})
 
-RANDOM_STARTS = 4
-CONTINUED = 3  # starts that go on to the exact search
+RANDOM_STARTS = 12
+ELITE = 8  # starts that go on to the exact search
+CROSSED = 0.8  # share of rounds that cross two of the elite; the others shuffle one
 SAMPLE = 25_000  # tokens searched at first; a random sample of 20k is nearly as good as 100k
-STALL = 12  # rounds without a new best after which to stop
-SHUFFLED_UNITS, SHUFFLED_EXPERTS = 3, 24
+STALL = 20  # rounds without a new best after which to stop
+FINAL_STALL = 5  # the same on all tokens, after a sample
 
 Key = tuple[float, float]
 
@@ -108,63 +111,103 @@ def search(
     clock: Clock,
     met: list[Occupant] | None = None,
 ) -> tuple[Occupant, int]:
-    """Starts, exact search, then rounds of shuffling.
+    """Starts, elite, rounds; on a sample of the tokens first where there are many.
 
     Returns the best arrangement and the rounds run; `met` collects what every exact search ended with.
     """
     small = layer.sample(SAMPLE)
-    best, best_key = start, quality(layer, start)
-    pool: list[tuple[Key, int, Occupant]] = []
-    starts = [start, layer.linear(), layer.reference]
+    elite = _Elite(small, met if small is layer and met is not None else [])
+    best = _Best(layer, start)
+    for begin in _starts(small, start, rng, clock):
+        if clock.expired:
+            return best.occupant, 0
+        elite.add(descend(small, begin, exact=True, steps=1500, rng=rng)[0])
+        if len(elite.members) == 1:
+            best.offer(_polished(layer, small, elite.members[0][1], rng))
+    best.offer(_polished(layer, small, elite.members[0][1], rng))
+    rounds = _rounds(layer, small, elite, best, STALL, 0, rng, clock)
+    if small is not layer and clock.allows(rounds):
+        whole = _Elite(layer, met if met is not None else [])
+        for _, member in elite.members:
+            if clock.expired:
+                break
+            whole.add(_polished(layer, small, member, rng))
+            best.offer(whole.members[0][1])
+        rounds = _rounds(layer, layer, whole, best, FINAL_STALL, rounds, rng, clock)
+    return best.occupant, rounds
+
+
+def _starts(layer: Layer, start: Occupant, rng: np.random.Generator, clock: Clock) -> list[Occupant]:
+    """The best starts after tabu search on pairs; the given one is tried as it is as well."""
+    starts = [start, layer.linear(), layer.reference, *hierarchical(layer, rng)]
     starts += [random_start(layer, rng) for _ in range(RANDOM_STARTS)]
+    found: list[tuple[Key, int, Occupant]] = []
     for number, begin in enumerate(starts):
         if clock.expired:
             break
-        found, _ = descend(small, begin, exact=False, rng=rng)
-        pool.append((quality(small, found), number, found))
-    for _, _, begin in sorted(pool, key=lambda entry: entry[:2])[:CONTINUED]:
-        if clock.expired:
-            break
-        found = polished(layer, small, begin, steps=1500, patience=400, rng=rng)
-        key = quality(layer, found)
-        if met is not None:
-            met.append(found)
-        if key < best_key:
-            best, best_key = found, key
-    rounds = stalled = 0
-    while stalled < STALL and clock.allows(rounds):
-        shuffled = shuffle(layer, best, rng)
-        found = polished(layer, small, shuffled, steps=400, patience=150, rng=rng)
-        rounds, stalled = rounds + 1, stalled + 1
-        key = quality(layer, found)
-        if met is not None:
-            met.append(found)
-        if key < best_key:
-            best, best_key, stalled = found, key, 0
-    return best, rounds
+        arranged, _ = descend(layer, begin, exact=False, rng=rng)
+        found.append((quality(layer, arranged), number, arranged))
+    return [arranged for _, _, arranged in sorted(found, key=lambda entry: entry[:2])[:ELITE]]
 
 
-def polished(
-    layer: Layer, small: Layer, start: Occupant, *, steps: int, patience: int, rng: np.random.Generator
-) -> Occupant:
-    """Exact search on the sample, then on all tokens where there are more."""
-    found, _ = descend(small, start, exact=True, steps=steps, patience=patience, rng=rng)
-    if small is not layer:
-        found, _ = descend(layer, found, exact=True, steps=steps, patience=30, rng=rng)
-    return found
+def _rounds(
+    layer: Layer,
+    small: Layer,
+    elite: _Elite,
+    best: _Best,
+    patience: int,
+    done: int,
+    rng: np.random.Generator,
+    clock: Clock,
+) -> int:
+    """Vary the elite until `patience` rounds bring no new best; returns the rounds done in all."""
+    stalled = 0
+    while stalled < patience and clock.allows(done):
+        members = [member for _, member in elite.members]
+        if len(members) > 1 and rng.random() < CROSSED:
+            one, other = rng.choice(len(members), 2, replace=False)
+            begin = crossed(small, members[one], members[other], rng)
+        else:
+            begin = shuffled(small, members[rng.integers(len(members))], rng)
+        found, _ = descend(small, begin, exact=True, steps=400, patience=150, rng=rng)
+        done, stalled = done + 1, stalled + 1
+        if elite.add(found):
+            stalled = 0
+            best.offer(_polished(layer, small, found, rng))
+    return done
 
 
-def shuffle(layer: Layer, occupant: Occupant, rng: np.random.Generator) -> Occupant:
-    """Half of the experts of a few units of one level, permuted among themselves."""
-    size = int(rng.choice(layer.sizes))
-    units = rng.choice(layer.num_slots // size, min(SHUFFLED_UNITS, layer.num_slots // size), replace=False)
-    positions = (units[:, None] * size + np.arange(size)).ravel()
-    moved = rng.choice(positions, max(2, min(len(positions) // 2, SHUFFLED_EXPERTS)), replace=False)
-    shuffled = occupant.copy()
-    shuffled[np.sort(moved)] = occupant[moved]
-    return shuffled
+def _polished(layer: Layer, small: Layer, occupant: Occupant, rng: np.random.Generator) -> Occupant:
+    """The arrangement after a search on all tokens, where it was found on a sample."""
+    if small is layer:
+        return occupant
+    return descend(layer, occupant, exact=True, steps=400, patience=30, rng=rng)[0]
 
 
-def random_start(layer: Layer, rng: np.random.Generator) -> Occupant:
-    """Experts anywhere."""
-    return rng.permutation(layer.num_slots).astype(np.int32)
+class _Best:
+    """The best arrangement offered so far."""
+
+    def __init__(self, layer: Layer, occupant: Occupant) -> None:
+        self.layer, self.occupant, self.key = layer, occupant, quality(layer, occupant)
+
+    def offer(self, occupant: Occupant) -> None:
+        key = quality(self.layer, occupant)
+        if key < self.key:
+            self.occupant, self.key = occupant, key
+
+
+class _Elite:
+    """A few good arrangements of different quality, the best first."""
+
+    def __init__(self, layer: Layer, met: list[Occupant]) -> None:
+        self.layer, self.met = layer, met
+        self.members: list[tuple[Key, Occupant]] = []
+
+    def add(self, occupant: Occupant) -> bool:
+        """Take an arrangement in; whether it is the new best."""
+        self.met.append(occupant)
+        key = quality(self.layer, occupant)
+        if any(key == other for other, _ in self.members):
+            return False
+        self.members = sorted([*self.members, (key, occupant)], key=lambda entry: entry[0])[:ELITE]
+        return self.members[0][0] == key
