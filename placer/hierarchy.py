@@ -106,13 +106,15 @@ def obvious(sizes: Ints) -> Ints | None:
     return np.repeat(np.arange(len(sizes)), sizes)
 
 
-def adjacency(pairs: Ints) -> tuple[Ints, Ints, Ints]:
-    """A co-activation graph as partitioners read it, its weights made to fit into int32.
+def adjacency(pairs: Ints, most: int = MOST_WEIGHT) -> tuple[Ints, Ints, Ints]:
+    """A co-activation graph as partitioners read it.
 
     Parameters
     ----------
     pairs : (m, m) int64
         Symmetric weights, zero diagonal.
+    most : int
+        What the weights may add up to; beyond, they are scaled down (see `narrowed`).
 
     Returns
     -------
@@ -127,7 +129,7 @@ def adjacency(pairs: Ints) -> tuple[Ints, Ints, Ints]:
     """
     expert, neighbour = np.nonzero(pairs)
     start = np.searchsorted(expert, np.arange(len(pairs) + 1))
-    return start, neighbour, narrowed(pairs[expert, neighbour], MOST_WEIGHT)
+    return start, neighbour, narrowed(pairs[expert, neighbour], most)
 
 
 def narrowed(weights: Ints, most: int) -> Ints:

@@ -227,6 +227,7 @@ class _Done:
     linear_cost: float
     cost: float
     heat: float
+    margin: float | None
     raised: list[dict[str, Any]]
 
 
@@ -241,12 +242,14 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
     if initial is not None and layer.score(initial) < (excess, cost):
         placed = replace(placed, slots=initial)
         excess, cost = layer.score(initial)
+    estimated = layer.max_load is not None and layer.margin == "auto" and "caps" in method(name).handles
     return _Done(
         index=layer.index,
         placed=placed,
         linear_cost=layer.score(linear.place(layer, rng=rng, clock=clock).slots)[1],
         cost=cost,
         heat=layer.heat(placed.slots),
+        margin=layer.margin_value if estimated else None,
         raised=caps.raised(layer),
     )
 
@@ -357,10 +360,26 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         status="interrupted" if clock.stop.is_set() else "optimal" if proved else "feasible",
         objective=objective,
         bound=bound,
-        bound_method=None if bound is None else name,
+        bound_method=None if bound is None else done[0].placed.bound_method,
         caps_raised=[{**row, "level": names[int(row["level"])]} for part in done for row in part.raised],
-        notes=tuple(dict.fromkeys(note for part in done for note in part.placed.notes)),
+        notes=tuple(_notes(done)),
     )
+
+
+def _notes(done: list[_Done]) -> Iterator[str]:
+    """What methods decided, with the layers it concerns, and the margins that were estimated."""
+    layers: dict[str, int] = {}
+    for part in done:
+        for note in part.placed.notes:
+            layers[note] = layers.get(note, 0) + 1
+    for note, count in layers.items():
+        yield f"{note} ({count} of {len(done)} layers)"
+    margins = [part.margin for part in done if part.margin is not None]
+    if margins:
+        yield (
+            f"load margin auto: caps tightened by {np.mean(margins):.3f} on average, "
+            "as far as packing by load alone allows"
+        )
 
 
 def _provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:

@@ -210,6 +210,9 @@ def presets() -> list[str]:
 
 METHOD, TOPOLOGY, MODEL = Name("method", _methods), TopologyName(), ModelName()
 MAX_LOAD = Number("a number of 1 or more, or none", low=1.0, words={"none": None})
+MAX_LOAD_OR_AUTO = Number(
+    "a number of 1 or more, none or auto", low=1.0, words={"none": None, "auto": "auto"}
+)
 
 
 # -- options ---------------------------------------------------------------------------------------------

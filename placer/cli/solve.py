@@ -38,11 +38,12 @@ Example:
 )
 @click.option(
     "--max-load",
-    type=options.MAX_LOAD,
+    type=options.MAX_LOAD_OR_AUTO,
     default="1.05",
     show_default=True,
-    metavar="X|none",
-    help="Busiest GPU, server or rack over the mean, at most.",
+    metavar="X|none|auto",
+    help="Busiest GPU, server or rack over the mean, at most; auto tries none, 1.25, 1.10, 1.05 and 1.02 and "
+    "takes the least modelled step time.",
 )
 @options.load_margin
 @options.slots
@@ -89,6 +90,7 @@ def command(
     from placer.problem import Problem
     from placer.solution import solve
     from placer.solvers import method as load_method
+    from placer.spectrum import CAPS, chosen, spectrum
     from placer.trace import Trace
 
     for path, name in ((output, "-o"), (log_file, "--log")):
@@ -97,7 +99,16 @@ def command(
     routed = Trace.load(trace)
     start = None if initial is None else Placement.load(initial)
     machine = topology if shape is None else topology.with_shape(shape)
+    spread = limits["max_load"] == "auto"
+    if spread:
+        limits["max_load"] = None
     problem = Problem.from_trace(routed, machine, model=model, **limits)
+    pricing: dict[str, Any] = {
+        "model": problem.model,
+        "gpu_memory": problem.gpu_memory,
+        "reserve": problem.reserve,
+        "expert_dtype": problem.expert_dtype,
+    }
     log = SearchLog(quiet=quiet, file=log_file)
     log.say(
         f"placer {placer.__version__}  {routed.name}, {problem.num_layers} layers x {problem.num_experts} experts, "
@@ -105,34 +116,27 @@ def command(
     )
 
     def search(stop: threading.Event) -> Result:
-        with log.running(problem.num_layers):
-            return solve(
-                problem,
-                method,
-                budget=options.budget(time_limit, rounds, gap),
-                seed=seed,
-                initial=start,
-                jobs=options.workers(jobs),
-                on_event=log.add,
-                stop=stop,
-            )
+        budget = options.budget(time_limit, rounds, gap)
+        how: dict[str, Any] = {
+            "seed": seed,
+            "initial": start,
+            "jobs": options.workers(jobs),
+            "on_event": log.add,
+            "stop": stop,
+        }
+        with log.running(problem.num_layers * (len(CAPS) if spread else 1)):
+            if not spread:
+                return solve(problem, method, budget=budget, **how)
+            points = spectrum(problem, routed, method, budget=budget, evaluation=pricing, **how)
+            limits["max_load"] = points[0].max_load
+            return chosen(points)
 
     result, interrupted = interruptible(search)
     if output is not None:
         result.placement.save(output)
     linear = solve(problem, "linear").placement
-    report, baseline = (
-        evaluate(
-            placement,
-            routed,
-            machine,
-            model=problem.model,
-            gpu_memory=problem.gpu_memory,
-            reserve=problem.reserve,
-            expert_dtype=problem.expert_dtype,
-        )
-        for placement in (result.placement, linear)
-    )
+    report = evaluate(result.placement, routed, machine, **pricing)
+    baseline = evaluate(linear, routed, machine, **pricing)
     keeps_caps = "caps" in load_method(method).handles
     for note in (*result.notes, *_on_caps(result, limits["max_load"], keeps_caps)):
         log.say(f"note: {note}")

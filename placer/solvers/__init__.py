@@ -42,6 +42,8 @@ class Placed:
         Logical expert of each slot, -1 = empty and last within its rank.
     bound : float or None
         Proven lower bound on the layer's cost (seconds of all tokens), where the method has one.
+    bound_method : str or None
+        What proves the bound.
     claim : float or None
         The layer's cost (seconds of all tokens) as the method itself counts it; `placer.solve` scores the slots
         anew and raises when the two differ.
@@ -53,6 +55,7 @@ class Placed:
 
     slots: npt.NDArray[np.int32]
     bound: float | None = None
+    bound_method: str | None = None
     claim: float | None = None
     rounds: int = 0
     notes: tuple[str, ...] = ()

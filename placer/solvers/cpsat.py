@@ -38,15 +38,23 @@ def place(
 ) -> Placed:
     """Tabu search, then the best recombination of the contents it met, or of all contents there are."""
     best = tabu.fallback(layer, initial)
-    if clock.expired or len(layer.levels) == 0 or not layer.load.any():
+    if len(layer.levels) == 0 or not layer.load.any():
         return Placed(slots=layer.slots(best))
+    if clock.expired:
+        return Placed(slots=layer.slots(best), notes=(tabu.OUT_OF_TIME,))
     met: list[Occupant] = []
     best, rounds = tabu.search(layer, best, rng=rng, clock=clock, met=met)
     if clock.expired:
         return Placed(slots=layer.slots(best), claim=tabu.claim(layer, best), rounds=rounds)
     found, bound = recombined(layer, best, met, clock)
     best = min(found, best, key=lambda option: tabu.quality(layer, option))
-    return Placed(slots=layer.slots(best), claim=tabu.claim(layer, best), bound=bound, rounds=rounds)
+    return Placed(
+        slots=layer.slots(best),
+        claim=tabu.claim(layer, best),
+        bound=bound,
+        bound_method=None if bound is None else "set partition over all contents",
+        rounds=rounds,
+    )
 
 
 def provable(layer: Layer) -> bool:
@@ -172,6 +180,7 @@ def _partition(
     model.minimize(cp_model.LinearExpr.weighted_sum(picks, np.floor(cost[kept] / unit).astype(int).tolist()))
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
+    solver.parameters.catch_sigint_signal = False  # Ctrl-C belongs to the caller
     solver.parameters.random_seed = 0
     solver.parameters.max_deterministic_time = DETERMINISTIC_SECONDS
     solver.parameters.relative_gap_limit = clock.gap

@@ -3,7 +3,7 @@
 Idea: many starts (contiguous, load-only, hierarchical, random) go through tabu search on pairs, which is fast; the
 best of them continue on the exact number of touched units, all levels at once, and make an elite. Rounds cross
 two of the elite (whole units inherited in turn) or shuffle a few units of one, search again, and keep what is
-better, until that stops paying. Where contiguous experts keep the caps, a split by sequence decides first
+better, until that stops paying, or for as many rounds as are asked for. Where contiguous experts keep the caps, a split by sequence decides first
 whether searching beats them on unseen tokens at all (gate groups often make them unbeatable). Large traces are
 searched on every n-th token first and then on all of them.
 
@@ -30,10 +30,13 @@ handles = frozenset({"caps", "levels"})
 
 RANDOM_STARTS = 12
 ELITE = 8  # starts that go on to the exact search
-CROSSED = 0.8  # share of rounds that cross two of the elite; the others shuffle one
+CROSSED = 0.5  # share of rounds that cross two of the elite; the others shuffle one
 SAMPLE = 25_000  # tokens searched at first; a random sample of 20k is nearly as good as 100k
-STALL = 20  # rounds without a new best after which to stop
+STEPS, PATIENCE = 600, 150  # swaps of one exact search, and swaps without a new best that end it
+STALL = 20  # rounds without a new best after which to stop, unless rounds are asked for
 FINAL_STALL = 5  # the same on all tokens, after a sample
+
+OUT_OF_TIME = "time ran out before the search: a quick arrangement is returned"
 
 Key = tuple[float, float]
 
@@ -43,8 +46,10 @@ def place(
 ) -> Placed:
     """The best arrangement found from several starts, or contiguous experts where they generalise better."""
     start = fallback(layer, initial)
-    if clock.expired or len(layer.levels) == 0 or not layer.load.any():
+    if len(layer.levels) == 0 or not layer.load.any():
         return Placed(slots=layer.slots(start))
+    if clock.expired:
+        return Placed(slots=layer.slots(start), notes=(OUT_OF_TIME,))
     kept = contiguous(layer, rng)
     if kept is not None:
         return kept
@@ -63,13 +68,15 @@ def contiguous(layer: Layer, rng: np.random.Generator) -> Placed | None:
 
 
 def fallback(layer: Layer, initial: npt.NDArray[np.int32] | None) -> Occupant:
-    """What to return when there is no time: `initial` or contiguous experts, or load packing for the caps."""
+    """The best that takes next to no time: `initial`, contiguous experts, load packing, a short search on pairs."""
     options = [layer.linear()]
     if initial is not None and np.bincount(initial[initial >= 0]).max() == 1:
         options.insert(0, layer.occupant(initial))
     if all(layer.excess(option) > 0 for option in options):
         options.append(layer.reference)
-    return min(options, key=lambda option: quality(layer, option))
+    best = min(options, key=lambda option: quality(layer, option))
+    options.append(descend(layer, best, exact=False, steps=200, rng=np.random.default_rng(0))[0])
+    return min(best, options[-1], key=lambda option: quality(layer, option))
 
 
 def quality(layer: Layer, occupant: Occupant) -> Key:
@@ -118,13 +125,14 @@ def search(
     small = layer.sample(SAMPLE)
     elite = _Elite(small, met if small is layer and met is not None else [])
     best = _Best(layer, start)
-    for begin in _starts(small, start, rng, clock):
-        if clock.expired:
-            return best.occupant, 0
-        elite.add(descend(small, begin, exact=True, steps=1500, rng=rng)[0])
-        if len(elite.members) == 1:
-            best.offer(_polished(layer, small, elite.members[0][1], rng))
-    best.offer(_polished(layer, small, elite.members[0][1], rng))
+    begins = [start, layer.linear(), layer.reference, *hierarchical(layer, rng), random_start(layer, rng)]
+    many = [random_start(layer, rng) for _ in range(RANDOM_STARTS)]
+    for batch, number in ((begins, 1), (many, ELITE - 1)):  # a first result soon, then the others
+        for begin in _arranged_by_pairs(small, batch, rng, clock)[:number]:
+            if clock.expired and elite.members:
+                return best.occupant, 0
+            if elite.add(_searched(small, begin, rng)):
+                best.offer(_polished(layer, small, elite.members[0][1], rng))
     rounds = _rounds(layer, small, elite, best, STALL, 0, rng, clock)
     if small is not layer and clock.allows(rounds):
         whole = _Elite(layer, met if met is not None else [])
@@ -137,17 +145,21 @@ def search(
     return best.occupant, rounds
 
 
-def _starts(layer: Layer, start: Occupant, rng: np.random.Generator, clock: Clock) -> list[Occupant]:
-    """The best starts after tabu search on pairs; the given one is tried as it is as well."""
-    starts = [start, layer.linear(), layer.reference, *hierarchical(layer, rng)]
-    starts += [random_start(layer, rng) for _ in range(RANDOM_STARTS)]
+def _arranged_by_pairs(
+    layer: Layer, starts: list[Occupant], rng: np.random.Generator, clock: Clock
+) -> list[Occupant]:
+    """The starts after tabu search on pairs, the best first; at least one."""
     found: list[tuple[Key, int, Occupant]] = []
     for number, begin in enumerate(starts):
-        if clock.expired:
+        if clock.expired and found:
             break
         arranged, _ = descend(layer, begin, exact=False, rng=rng)
         found.append((quality(layer, arranged), number, arranged))
-    return [arranged for _, _, arranged in sorted(found, key=lambda entry: entry[:2])[:ELITE]]
+    return [arranged for _, _, arranged in sorted(found, key=lambda entry: entry[:2])]
+
+
+def _searched(layer: Layer, start: Occupant, rng: np.random.Generator) -> Occupant:
+    return descend(layer, start, exact=True, steps=STEPS, patience=PATIENCE, rng=rng)[0]
 
 
 def _rounds(
@@ -160,16 +172,17 @@ def _rounds(
     rng: np.random.Generator,
     clock: Clock,
 ) -> int:
-    """Vary the elite until `patience` rounds bring no new best; returns the rounds done in all."""
+    """Vary the elite until `patience` rounds bring no new best, or for the rounds asked for; returns all done."""
     stalled = 0
-    while stalled < patience and clock.allows(done):
+    asked = clock.rounds is not None and small is layer
+    while (asked or stalled < patience) and clock.allows(done):
         members = [member for _, member in elite.members]
         if len(members) > 1 and rng.random() < CROSSED:
             one, other = rng.choice(len(members), 2, replace=False)
             begin = crossed(small, members[one], members[other], rng)
         else:
             begin = shuffled(small, members[rng.integers(len(members))], rng)
-        found, _ = descend(small, begin, exact=True, steps=400, patience=150, rng=rng)
+        found = _searched(small, begin, rng)
         done, stalled = done + 1, stalled + 1
         if elite.add(found):
             stalled = 0
@@ -181,7 +194,7 @@ def _polished(layer: Layer, small: Layer, occupant: Occupant, rng: np.random.Gen
     """The arrangement after a search on all tokens, where it was found on a sample."""
     if small is layer:
         return occupant
-    return descend(layer, occupant, exact=True, steps=400, patience=30, rng=rng)[0]
+    return descend(layer, occupant, exact=True, steps=STEPS, patience=30, rng=rng)[0]
 
 
 class _Best:

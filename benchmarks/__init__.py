@@ -1,0 +1,1 @@
+"""Benchmarks of quality, speed and cost growth; see the README beside this file."""
