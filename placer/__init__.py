@@ -10,8 +10,6 @@ import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np  # noqa: F401 - the one import everybody needs
-
 if TYPE_CHECKING:
     from placer.comparison import compare as compare
     from placer.errors import PlacerError as PlacerError

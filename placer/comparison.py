@@ -152,6 +152,7 @@ def compare(
     jobs: int = 1,
     budget: Budget | None = None,
     alltoall: str = "hierarchical",
+    on_start: Callable[[str, float | None, int], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
     stop: threading.Event | None = None,
     **problem_options: Any,
@@ -179,6 +180,8 @@ def compare(
         As for `placer.solve`, for each run.
     alltoall : str
         As for `placer.evaluate`.
+    on_start : callable, optional
+        Called with method, load cap (None without one) and seed before each run.
     on_row : callable, optional
         Called with each `Row` as it is done.
     stop : threading.Event, optional
@@ -244,6 +247,8 @@ def compare(
         try:
             for problem in problems if keeps else problems[:1]:
                 for number in range(seed, seed + seeds):
+                    if on_start is not None:
+                        on_start(method, problem.max_load if keeps else None, number)
                     row = run(method, problem, keeps, number)
                     if stop.is_set():
                         return _comparison(rows, fit, unseen, test, topology, [*notes, "interrupted"])

@@ -75,7 +75,12 @@ def evaluate(
     >>> evaluate(pairs, trace, Topology.load("dgx-h100").with_shape("1x2x1")).touched["server"]
     1.0
     """
-    _check(placement, trace, topology)
+    if placement.shape != topology.shape:
+        raise InvalidInput(
+            f"shape: found {format_shape(topology.shape)} in topology {topology.name}, "
+            f"expected {format_shape(placement.shape)} as in the placement"
+        )
+    check_match(placement, trace)
     sized = model or Model.for_trace_name(trace.model, trace.num_experts)
     rule = replica_choice or placement.rule
     if rule not in REPLICA_CHOICES:
@@ -147,17 +152,39 @@ def evaluate(
     )
 
 
-def _check(placement: Placement, trace: Trace, topology: Topology) -> None:
-    for what, ours, theirs, where in (
-        ("shape", format_shape(placement.shape), format_shape(topology.shape), f"topology {topology.name}"),
-        ("experts", placement.num_experts, trace.num_experts, f"trace {trace.name}"),
-        ("layers", _ids(placement.layer_ids), _ids(trace.layer_ids), f"trace {trace.name}"),
+def check_match(placement: Placement, trace: Trace) -> None:
+    """Check that a placement and a trace speak of the same experts and layers.
+
+    Raises
+    ------
+    InvalidInput
+        When they do not.
+
+    Examples
+    --------
+    >>> trace = Trace(topk_idx=np.array([[[0, 1]]]), num_experts=4)
+    >>> check_match(Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 1, 2)), trace)
+    Traceback (most recent call last):
+    placer.errors.InvalidInput: experts: found 4 in trace ..., expected 2 as in the placement
+    """
+    for what, ours, theirs in (
+        ("experts", placement.num_experts, trace.num_experts),
+        ("layers", format_ids(placement.layer_ids), format_ids(trace.layer_ids)),
     ):
         if ours != theirs:
-            raise InvalidInput(f"{what}: found {theirs} in {where}, expected {ours} as in the placement")
+            raise InvalidInput(
+                f"{what}: found {theirs} in trace {trace.name}, expected {ours} as in the placement"
+            )
 
 
-def _ids(ids: tuple[int, ...]) -> str:
+def format_ids(ids: tuple[int, ...]) -> str:
+    """Layer numbers as text: a range where they are one.
+
+    Examples
+    --------
+    >>> format_ids((3, 4, 5)), format_ids((1, 3))
+    ('3..5', '1,3')
+    """
     runs = ids == tuple(range(ids[0], ids[0] + len(ids)))
     return f"{ids[0]}..{ids[-1]}" if runs else ",".join(map(str, ids))
 

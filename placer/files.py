@@ -15,12 +15,12 @@ from placer.errors import InvalidInput
 def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], object]) -> None:
     """Call ``write(file)`` on a temporary file beside `path`, then rename it to `path`.
 
-    A reader sees the old file or the new one, never a part of it.
+    A reader sees the old file or the new one, never a part of it. A symbolic link keeps pointing where it did.
 
     Raises
     ------
     InvalidInput
-        When the folder does not exist or cannot be written.
+        When the folder does not exist or cannot be written, or something other than a file is in the way.
 
     Examples
     --------
@@ -30,7 +30,9 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
     >>> target.read_text()
     '42'
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise InvalidInput(f"{path}: cannot be written: not a regular file")
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:

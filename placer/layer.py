@@ -186,7 +186,7 @@ class Layer:
             raise InvalidInput(f"layer {self.index}: found counts only, a split needs the tokens")
         keys = np.unique(self.key)
         if len(keys) == 1:
-            first = np.arange(len(self.key)) * 16 // len(self.key) % 2 == 0
+            first = np.arange(len(self.key)) * min(16, len(self.key)) // len(self.key) % 2 == 0
         else:
             first = self.key <= keys[(len(keys) - 1) // 2]
         return self._part(first), self._part(~first)

@@ -40,11 +40,49 @@ def worst_gpu_bytes(
     held = (placement.physical_to_logical >= 0).reshape(placement.num_layers, placement.num_ranks, -1)
     experts = held.sum(axis=(0, 2))
     rank = int(experts.argmax())
-    worst = float(experts[rank] * size)
-    if worst + reserve > capacity:
+    require_room(
+        f"GPU {rank}",
+        int(experts[rank]),
+        size,
+        layers=placement.num_layers,
+        capacity=capacity,
+        reserve=reserve,
+    )
+    return float(experts[rank] * size)
+
+
+def require_room(
+    gpu: str, experts: int, expert_bytes: float, *, layers: int, capacity: float, reserve: float
+) -> None:
+    """Refuse more experts on a GPU than it can hold.
+
+    Parameters
+    ----------
+    gpu : str
+        Which GPU, in words.
+    experts : int
+        Experts on it, over all layers.
+    expert_bytes : float
+        Bytes of one expert.
+    layers : int
+        Layers, for the message.
+    capacity, reserve : float
+        Bytes of the GPU, and those of them that experts may not use.
+
+    Raises
+    ------
+    Infeasible
+        When the experts and the reserve exceed the capacity.
+
+    Examples
+    --------
+    >>> require_room("a GPU", 3, 2e9, layers=1, capacity=10e9, reserve=5e9)
+    Traceback (most recent call last):
+    placer.errors.Infeasible: memory: a GPU needs 11.00 GB (3 experts over ...), it has 10.00 GB
+    """
+    needed = experts * expert_bytes + reserve
+    if needed > capacity:
         raise Infeasible(
-            f"memory: GPU {rank} needs {(worst + reserve) / 1e9:.2f} GB ({experts[rank]} experts over "
-            f"{placement.num_layers} layers x {size / 1e6:.1f} MB + {reserve / 1e9:.2f} GB reserve), "
-            f"it has {capacity / 1e9:.2f} GB"
+            f"memory: {gpu} needs {needed / 1e9:.2f} GB ({experts} experts over {layers} layers x "
+            f"{expert_bytes / 1e6:.1f} MB + {reserve / 1e9:.2f} GB reserve), it has {capacity / 1e9:.2f} GB"
         )
-    return worst

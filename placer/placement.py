@@ -264,6 +264,8 @@ class Placement:
             raise InvalidInput(f"{path}: not a placement file: {error}") from None
         try:
             return cls.from_dict(document)
+        except RecursionError:
+            raise InvalidInput(f"{path}: not a placement file: nested too deeply") from None
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {error}") from None
 

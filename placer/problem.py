@@ -9,6 +9,7 @@ import numpy as np
 
 from placer.errors import Infeasible, InvalidInput
 from placer.layer import Experts, Layer
+from placer.memory import require_room
 from placer.model import Model
 from placer.placement import REPLICA_CHOICES
 from placer.topology import Topology
@@ -16,6 +17,7 @@ from placer.trace import Trace
 from placer.traffic import Routes, Traffic
 
 DEFAULT_RESERVE = 20e9
+MAX_SLOTS = 1 << 17  # of a layer: far above any cluster, and its tables still fit into memory
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,12 +98,14 @@ class Problem:
         expert_dtype: str | None = None,
     ) -> Problem:
         """The problem of a trace; `redundant` slots over all ranks, or `slots_per_gpu`, or none to spare."""
+        # Before the tokens are counted, which takes seconds on a large trace.
+        slots = slots_per_rank(trace.num_experts, topology.num_ranks, redundant, slots_per_gpu)
         return cls(
             traffic=Traffic.from_trace(trace),
             routes=Routes.from_trace(trace),
             topology=topology,
             model=model or Model.for_trace_name(trace.model, trace.num_experts),
-            slots_per_rank=slots_per_rank(trace.num_experts, topology.num_ranks, redundant, slots_per_gpu),
+            slots_per_rank=slots,
             layer_ids=trace.layer_ids,
             num_groups=trace.num_groups,
             max_load=max_load,
@@ -117,6 +121,10 @@ class Problem:
             raise Infeasible(
                 f"slots: {self.num_slots} a layer ({self.num_ranks} GPUs x {self.slots_per_rank}) "
                 f"cannot hold {self.num_experts} experts"
+            )
+        if self.num_slots > MAX_SLOTS:
+            raise InvalidInput(
+                f"slots: found {self.num_ranks} GPUs x {self.slots_per_rank} in a layer, expected at most {MAX_SLOTS}"
             )
         if self.routes is not None:
             found = (self.routes.num_tokens, self.routes.topk_idx.shape[1], self.routes.num_experts)
@@ -153,11 +161,14 @@ class Problem:
             )
         size = self.model.expert_bytes(self.expert_dtype)
         experts = -(-self.num_layers * self.num_experts // self.num_ranks)  # of the fullest GPU, at the least
-        if size is not None and experts * size + self.reserve > self.gpu_memory:
-            raise Infeasible(
-                f"memory: a GPU needs {(experts * size + self.reserve) / 1e9:.2f} GB ({experts} experts over "
-                f"{self.num_layers} layers x {size / 1e6:.1f} MB + {self.reserve / 1e9:.2f} GB reserve), "
-                f"it has {self.gpu_memory / 1e9:.2f} GB"
+        if size is not None:
+            require_room(
+                "a GPU",
+                experts,
+                size,
+                layers=self.num_layers,
+                capacity=self.gpu_memory,
+                reserve=self.reserve,
             )
 
     @property

@@ -17,6 +17,56 @@ _GATE = re.compile(r"\s*([a-z_]+(?:\.[a-z_]+)*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 
 
+@dataclass(frozen=True)
+class Gate:
+    """A condition on one number of a report, as in ``remote.server<=3.2``.
+
+    Parameters
+    ----------
+    path : str
+        Dotted path of the number.
+    sign : {"<=", ">=", "<", ">"}
+    limit : float
+
+    Examples
+    --------
+    >>> Gate.parse("remote.server <= 3.2")
+    Gate(path='remote.server', sign='<=', limit=3.2)
+    """
+
+    path: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Gate:
+        """Read a condition.
+
+        Raises
+        ------
+        InvalidInput
+            When the text is not a path, a comparison and a number.
+        """
+        match = _GATE.fullmatch(text)
+        try:
+            path, sign, limit = match.groups()  # type: ignore[union-attr]
+            return cls(path, sign, float(limit))
+        except (AttributeError, ValueError):
+            raise InvalidInput(
+                f"--require {text!r}: expected PATH<=NUMBER (or one of >=, <, >), for example remote.server<=4.5"
+            ) from None
+
+    def holds(self, value: float) -> bool:
+        """Whether a value keeps the limit."""
+        return bool(_COMPARE[self.sign](value, self.limit))
+
+    def shown(self, value: float) -> str:
+        """A value in six digits, or in all of them where rounding would turn the answer or hide it."""
+        rounded = f"{value:.6g}"
+        kept = self.holds(float(rounded)) == self.holds(value)
+        return rounded if kept and (float(rounded) != self.limit or value == self.limit) else repr(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Traffic, load, seconds and memory of a placement on a trace.
@@ -101,12 +151,20 @@ class Report:
         if found is None:
             raise InvalidInput(f"{path}: not known here, expected a number; the report's assumptions say why")
         if isinstance(found, bool) or not isinstance(found, int | float):
-            kind = "an object" if isinstance(found, dict) else "a list" if isinstance(found, list) else "text"
+            if isinstance(found, dict):
+                within = ", ".join(f"{path}.{key}" for key in found)
+                raise InvalidInput(f"{path}: found an object, expected a number; in it: {within}")
+            kind = "a list" if isinstance(found, list) else "text"
             raise InvalidInput(f"{path}: found {kind}, expected a number")
         return float(found)
 
-    def require(self, gate: str) -> None:
+    def require(self, gate: str | Gate) -> str:
         """Hold the report to a condition such as ``remote.server<=3.2``.
+
+        Returns
+        -------
+        str
+            What holds, in words: ``remote.server 3.1 <= 3.2``.
 
         Raises
         ------
@@ -115,25 +173,23 @@ class Report:
         GateFailed
             When it does not hold.
         """
-        match = _GATE.fullmatch(gate)
-        try:
-            path, sign, text = match.groups()  # type: ignore[union-attr]
-            limit = float(text)
-        except (AttributeError, ValueError):
-            raise InvalidInput(
-                f"--require {gate!r}: expected PATH<=NUMBER, for example remote.server<=3.2"
-            ) from None
-        value = self.value(path)
-        if not _COMPARE[sign](value, limit):
-            raise GateFailed(f"{path} is {value!r}, required {sign} {limit!r}")
+        if isinstance(gate, str):
+            gate = Gate.parse(gate)
+        value = self.value(gate.path)
+        shown = gate.shown(value)
+        if not gate.holds(value):
+            raise GateFailed(f"{gate.path} is {shown}, required {gate.sign} {gate.limit!r}")
+        return f"{gate.path} {shown} {gate.sign} {gate.limit!r}"
 
     def __str__(self) -> str:
-        lines = [f"{'':10}{'touched':>9}{'remote':>9}{'bytes/token':>13}{'max/mean':>10}{'worst layer':>13}"]
+        lines = [
+            f"{'':10}{'touched':>9}{'remote':>9}{'bytes/token':>13}{'load max/mean':>15}{'worst layer':>13}"
+        ]
         for level in REPORTED:
             lines.append(
                 f"{level:10}{self.touched[level]:9.3f}{self.remote[level]:9.3f}"
                 f"{format_bytes(self.bytes_per_token[level]):>13}"
-                f"{self.load[level]['max_over_mean']:10.3f}{self.load[level]['worst_layer']:13.3f}"
+                f"{self.load[level]['max_over_mean']:15.3f}{self.load[level]['worst_layer']:13.3f}"
             )
         seconds = self.seconds
         lines.append(

@@ -196,7 +196,7 @@ def solve(
         raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
     chosen = _usable(problem, method)
     starts = _initial(problem, initial)
-    _compile(chosen, problem)
+    _compile(chosen, problem, stop)
     begun = time.monotonic()
     clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, gap=budget.gap, stop=stop)
     workers = min(jobs, problem.num_layers)
@@ -239,6 +239,10 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
         raise PlacerError(
             f"layer {layer.index}: method {name} claims a cost of {placed.claim!r}, scored {cost!r}"
         )
+    if placed.bound is not None and placed.bound > cost * (1 + 1e-9):
+        raise PlacerError(
+            f"layer {layer.index}: method {name} proves {placed.bound!r}, above the cost {cost!r}"
+        )
     if initial is not None and layer.score(initial) < (excess, cost):
         placed = replace(placed, slots=initial)
         excess, cost = layer.score(initial)
@@ -277,21 +281,28 @@ def _initial(problem: Problem, initial: Placement | None) -> list[Slots | None]:
     return list(initial.physical_to_logical)
 
 
-def _compile(chosen: Method, problem: Problem) -> None:
-    """Run the method on a toy layer with the problem's levels, so that compilation is not on the clock."""
-    slots = problem.num_ranks * 2
-    tokens = np.stack([np.arange(0, slots), np.arange(0, slots) ^ 1], axis=1).astype(np.int16)[:64]
+def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> None:
+    """Run the method on a toy layer with as many levels, so that compilation is not on the clock."""
+    levels = len(problem.topology.levels)
+    slots = 2 ** (levels + 1)
+    tokens = np.stack([np.arange(slots), np.arange(slots) ^ 1], axis=1)
     toy = replace(
         problem.layer(0),
         num_experts=slots,
+        num_ranks=slots // 2,
         slots_per_rank=2,
-        load=np.bincount(tokens.ravel(), minlength=slots),
+        unit_ranks=tuple(2**level for level in range(levels)),
+        server_ranks=2,
+        load=np.full(slots, 2, np.int64),
         pair_counts=None,
-        topk=tokens,
-        key=np.arange(len(tokens), dtype=np.uint64),
+        topk=None if problem.routes is None else tokens.astype(problem.layer(0).tokens.dtype),
+        key=None if problem.routes is None else np.arange(slots, dtype=np.uint64),
         num_groups=1,
     )
-    chosen.place(toy, rng=np.random.default_rng(0), clock=Clock.start(seconds=10, rounds=1))
+    placed = chosen.place(
+        toy, rng=np.random.default_rng(0), clock=Clock.start(seconds=5, rounds=1, stop=stop)
+    )
+    toy.score(placed.slots)
 
 
 def _shares(clock: Clock, layers: int, workers: int) -> Iterator[Clock]:

@@ -69,7 +69,7 @@ def spectrum(
     >>> topology = Topology.load("dgx-h100").with_shape("1x2x1")
     >>> points = spectrum(Problem.from_trace(trace, topology), trace, "lpt", caps=(None, 1.05))
     >>> [point.report.touched["server"] for point in points]
-    [2.0, 2.0]
+    [1.0, 1.0]
     """
     if not caps:
         raise InvalidInput("spectrum: found no load cap, expected at least one")

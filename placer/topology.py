@@ -76,10 +76,22 @@ class Level:
         where = f'level "{self.name}": '
         whole = isinstance(self.fanout, int) and 1 <= self.fanout < 2**31
         _check(f"{where}fanout", self.fanout, whole, "an integer >= 1")
-        _check(f"{where}bandwidth", self.bandwidth, self.bandwidth > 0, "more than 0 bytes/s")
-        _check(f"{where}efficiency", self.efficiency, 0 < self.efficiency <= 1, "more than 0 and at most 1")
-        _check(f"{where}latency", self.latency, self.latency >= 0, "at least 0 s")
-        _check(f"{where}oversubscription", self.oversubscription, self.oversubscription >= 1, "at least 1")
+        _check(
+            f"{where}bandwidth", self.bandwidth, 1 <= self.bandwidth <= 1e18, "more than 0 bytes/s: 1 to 1e18"
+        )
+        _check(
+            f"{where}efficiency",
+            self.efficiency,
+            1e-6 <= self.efficiency <= 1,
+            "more than 0 (1e-6) and at most 1",
+        )
+        _check(f"{where}latency", self.latency, 0 <= self.latency <= 3600, "at least 0 s and at most 3600 s")
+        _check(
+            f"{where}oversubscription",
+            self.oversubscription,
+            1 <= self.oversubscription <= 1e6,
+            "at least 1 and at most 1e6",
+        )
         if self.link not in LINKS:
             raise InvalidInput(f"{where}link is {shorten(self.link)}, expected one of {', '.join(LINKS)}")
 

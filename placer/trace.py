@@ -23,7 +23,7 @@ from placer.npz import read_member, write_members
 Array = NDArray[Any]
 
 #: Far above any released model; keeps a wrong number in a file from sizing an ``(E, E)`` table.
-MAX_EXPERTS = 1 << 16
+MAX_EXPERTS = 1 << 12
 
 _CHUNK = 1 << 22  # ids looked at in one go, so that memory stays bounded for mapped traces
 _SPLIT_BLOCKS, _BLOCK_TOKENS = 64, 16  # the split of a trace that has no sequences
@@ -131,7 +131,7 @@ class Trace:
             )
         for key in ("model", "phase", "source", "license"):
             value = getattr(self, key)
-            if not (value is None or isinstance(value, str)):
+            if not (value is None or (isinstance(value, str) and _is_text(value))):
                 raise InvalidInput(f"{key}: found {_short(value)}, expected a string")
         layer_ids = tuple(self.layer_ids) or tuple(range(self.num_layers))
         if not all(
@@ -142,8 +142,10 @@ class Trace:
             raise InvalidInput(
                 f"layer_ids: {len(layer_ids)} ids, expected {self.num_layers}, one for each layer of topk_idx"
             )
-        if min(layer_ids) < 0 or len(set(layer_ids)) < len(layer_ids):
-            raise InvalidInput(f"layer_ids: found {_short(layer_ids)}, expected distinct ids, none negative")
+        if min(layer_ids) < 0 or max(layer_ids) >= 2**31 or len(set(layer_ids)) < len(layer_ids):
+            raise InvalidInput(
+                f"layer_ids: found {_short(layer_ids)}, expected distinct ids from 0 to 2**31 - 1"
+            )
         object.__setattr__(self, "layer_ids", tuple(int(layer) for layer in layer_ids))
 
     def _check_arrays(self) -> None:
@@ -409,6 +411,15 @@ def _read_only(array: Any) -> Array:
         view = view.astype(view.dtype.newbyteorder("="))
     view.setflags(write=False)
     return view
+
+
+def _is_text(value: str) -> bool:
+    """Whether a string can be written out; JSON may hold halves of characters that cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _short(value: object) -> str:

@@ -103,7 +103,7 @@ BAD_OPTIONS: list[tuple[list[str], str]] = [
     (["--redundant", "3"], "--redundant 4"),
     (["--redundant", "-1"], "--redundant"),
     (["--redundant", "4", "--slots-per-gpu", "5"], "exclude"),
-    (["--max-load", "auto"], "or none"),
+    (["--max-load", "much"], "none or auto"),
     (["--max-load", "0.9"], "1 or more"),
     (["--max-load", "nan"], "1 or more"),
     (["--load-margin", "1"], "below 1"),
@@ -259,7 +259,13 @@ def test_a_file_that_is_no_placement_is_refused(text: str | None, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("gate", "word"),
-    [("remote.server", "PATH<=NUMBER"), ("remote.moon<=3", "moon"), ("remote<=3", "expected a number")],
+    [
+        ("remote.server", "PATH<=NUMBER"),
+        ("remote.server=3", ">=, <, >"),
+        ("remote.moon<=3", "moon"),
+        ("remote<=3", "remote.gpu, remote.server, remote.rack"),
+        ("load.server<=1.2", "load.server.max_over_mean, load.server.worst_layer"),
+    ],
 )
 def test_a_gate_that_cannot_be_read_is_bad_input(gate: str, word: str, tmp_path: Path) -> None:
     path, trace = tmp_path / "placement.json", tmp_path / "trace.npz"
@@ -267,6 +273,33 @@ def test_a_gate_that_cannot_be_read_is_bad_input(gate: str, word: str, tmp_path:
     write_trace(trace)
     outcome = placer("evaluate", path, trace, "-t", "dgx-h100", "--require", gate)
     refused(outcome, tmp_path, {path, trace}, 2, word)
+
+
+def test_a_gate_that_cannot_be_read_is_refused_before_anything_is_priced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("placer.evaluation.evaluate", lambda *_, **__: pytest.fail("priced"))
+    path, trace = tmp_path / "placement.json", tmp_path / "trace.npz"
+    path.write_text(json.dumps(good_placement()))
+    write_trace(trace)
+    outcome = placer("evaluate", path, trace, "-t", "dgx-h100", "--require", "tokens>0", "--require", "x=1")
+    refused(outcome, tmp_path, {path, trace}, 2, "'x=1'")
+
+
+def test_a_trace_in_the_place_of_a_placement_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    write_trace(path)
+    for command in (["check", path], ["evaluate", path, path, "-t", "dgx-h100"]):
+        refused(placer(*command), tmp_path, {path}, 2, "trace.npz: not a placement file: expected JSON")
+
+
+def test_slots_that_do_not_divide_are_refused_before_tokens_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("placer.traffic.Traffic.from_trace", lambda *_: pytest.fail("counted"))
+    path = tmp_path / "trace.npz"
+    write_trace(path)
+    refused(placer("solve", path, "-t", "dgx-h100", "--shape", "1x3x8"), tmp_path, {path}, 2, "--redundant 8")
 
 
 @pytest.mark.parametrize(

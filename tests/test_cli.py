@@ -7,17 +7,21 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+import numba
 import numpy as np
 import pytest
 from click.shell_completion import ShellComplete
 from instances import noisy_trace
 from terminal import placer
 
-from placer import Placement, Trace
+from placer import Placement, Result, Trace, solve
 from placer.cli import COMMANDS, main
+from placer.cli.log import SearchLog, compilation_told
+from placer.solution import Event
 
 MACHINE = ("-t", "dgx-h100", "--shape", "1x4x2")
 QUICK = ("--method", "greedy", "--jobs", "1")
@@ -168,12 +172,66 @@ def test_solve_compares_with_contiguous_experts(trace: Path, tmp_path: Path) -> 
 def test_the_log_ends_with_the_gain_and_quiet_silences_it(trace: Path) -> None:
     free = ("--max-load", "none")
     loud, quiet = (placer("solve", trace, *MACHINE, *QUICK, *free, *more) for more in ((), ("--quiet",)))
-    first, *_, last_layer, verdict = loud.err.splitlines()
-    assert "noisy, 2 layers x 16 experts, 8 ranks x 2 slots, method greedy, seed 0" in first
+    *_, last_layer, status = loud.err.splitlines()
+    assert "noisy, 2 layers x 16 experts, 8 ranks x 2 slots, method greedy, seed 0" in loud.err
     assert " 2/2 " in last_layer
-    assert "linear -> greedy: touched.server" in verdict
+    assert status.startswith("feasible in ")
     assert quiet.err == ""
     assert quiet.out == loud.out
+    assert quiet.out.splitlines()[-1].startswith("against linear: touched.server ")
+
+
+def test_with_json_the_gain_and_the_notes_are_in_the_log(trace: Path) -> None:
+    log = placer("solve", trace, *MACHINE, *QUICK, "--json").err.splitlines()
+    assert log[-1].startswith("against linear: touched.server ")
+    assert any(line.startswith("note: greedy keeps no load caps") for line in log)
+
+
+def test_what_the_library_notes_is_in_the_summary_even_when_quiet(
+    trace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(*arguments: Any, **options: Any) -> Result:
+        return replace(solve(*arguments, **options), notes=("2 layers: time ran out before the search",))
+
+    monkeypatch.setattr("placer.solution.solve", noted)
+    outcome = placer("solve", trace, *MACHINE, *QUICK, "--quiet")
+    assert "note: 2 layers: time ran out before the search" in outcome.out.splitlines()
+
+
+def test_compilation_is_told_once_and_only_when_there_is_any() -> None:
+    said: list[str] = []
+    twice = numba.njit(lambda number: number * 2)
+    with compilation_told(said.append):
+        assert said == []
+        assert (twice(1), twice(1.5)) == (2, 3.0)
+    assert len(said) == 1
+    assert "compiling" in said[0]
+    with compilation_told(said.append):
+        twice(2)
+    assert len(said) == 1
+
+
+def test_a_proof_is_shown_in_the_log_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    event = Event(
+        seconds=1.0,
+        done=1,
+        layers=1,
+        rounds=3,
+        method="cpsat",
+        objective=2e-6,
+        linear=4e-6,
+        bound=1e-6,
+        load=1.0,
+        improved=True,
+    )
+    log = SearchLog(quiet=False)
+    log.add(event)
+    log.add(replace(event, bound=None))
+    proven, open_ended = capsys.readouterr().err.splitlines()
+    assert proven.startswith(open_ended)
+    assert proven.endswith("bound 1 us, gap 50.0%")
+    assert " 3 H cpsat " in open_ended
+    assert "-50.0 %" in open_ended
 
 
 def test_the_log_has_no_escape_codes_away_from_a_terminal(trace: Path) -> None:
@@ -185,11 +243,11 @@ def test_caps_that_were_raised_are_told(trace: Path) -> None:
     outcome = placer(
         "solve", trace, "-t", "dgx-h100", "--shape", "1x1x16", "--method", "lpt", "--max-load", "1.0"
     )
-    assert [line for line in outcome.err.splitlines() if "load cap of a gpu raised in 2 of 2 layers" in line]
+    assert [line for line in outcome.out.splitlines() if "load cap of a gpu raised in 2 of 2 layers" in line]
 
 
 def test_a_method_without_caps_says_that_it_keeps_none(trace: Path) -> None:
-    assert "note: greedy keeps no load caps" in placer("solve", trace, *MACHINE, *QUICK).err
+    assert "note: greedy keeps no load caps" in placer("solve", trace, *MACHINE, *QUICK).out
 
 
 def test_the_log_file_holds_an_event_for_each_layer(trace: Path, tmp_path: Path) -> None:
@@ -212,7 +270,7 @@ def test_an_initial_placement_is_never_made_worse(trace: Path, placement: Path) 
 
 def test_copies_are_judged_by_remote_units(trace: Path) -> None:
     outcome = placer("solve", trace, *MACHINE, "--method", "eplb", "--redundant", 8)
-    assert "remote.server" in outcome.err.splitlines()[-1]
+    assert "remote.server" in outcome.out.splitlines()[-1]
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------------------
@@ -292,15 +350,16 @@ def test_failed_gates_exit_with_5_and_a_line_each(trace: Path, placement: Path) 
     outcome = placer("evaluate", placement, trace, "-t", "dgx-h100", *gates, "--json")
     assert outcome.code == 5
     assert outcome.document["schema"] == "placer/report/1"
-    assert [line.split()[1] for line in outcome.err.splitlines()] == [
-        "remote.server",
-        "load.gpu.max_over_mean",
+    assert [line.split()[:2] for line in outcome.err.splitlines()] == [
+        ["ok:", "touched.gpu"],
+        ["Error:", "remote.server"],
+        ["Error:", "load.gpu.max_over_mean"],
     ]
 
 
 def test_gates_that_hold_exit_with_0(trace: Path, placement: Path) -> None:
     outcome = placer("evaluate", placement, trace, "-t", "dgx-h100", "--require", "touched.rack<=1")
-    assert (outcome.code, outcome.err) == (0, "")
+    assert (outcome.code, outcome.err) == (0, "ok: touched.rack 1 <= 1.0\n")
 
 
 def test_evaluate_takes_the_shape_of_the_placement(trace: Path, placement: Path) -> None:
@@ -314,8 +373,8 @@ def test_evaluate_takes_the_shape_of_the_placement(trace: Path, placement: Path)
 def test_evaluate_refuses_another_shape(trace: Path, placement: Path) -> None:
     outcome = placer("evaluate", placement, trace, "-t", "dgx-h100", "--shape", "1x2x4")
     assert outcome.code == 2
-    assert "1x2x4" in outcome.err
-    assert "1x4x2" in outcome.err
+    assert "--shape: found 1x2x4, expected 1x4x2" in outcome.err
+    assert placer("check", placement, "--shape", "1x2x4").err == outcome.err
 
 
 # -- compare -------------------------------------------------------------------------------------------------
@@ -367,6 +426,13 @@ def test_the_table_of_a_comparison_has_a_line_for_each_method_and_cap(trace: Pat
     assert outcome.err == ""
 
 
+def test_compare_says_what_runs_before_it_says_what_came_of_it(trace: Path) -> None:
+    log = placer("compare", trace, *MACHINE, "--method", "lpt").err.splitlines()
+    rows = [line for line in log if "running" in line or "held-out" in line]
+    assert [line.partition(" ")[0] for line in rows] == ["linear,", "", "lpt,", ""]
+    assert rows[2] == "lpt, max load 1.05, seed 0: running"
+
+
 def test_compare_judges_on_another_trace(trace: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.npz"
     noisy_trace(tokens=100, seed=1).save(other)
@@ -408,7 +474,18 @@ def test_check_refuses_a_placement_of_another_trace(placement: Path, tmp_path: P
     noisy_trace(layers=3, tokens=20).save(other)
     outcome = placer("check", placement, other)
     assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
-    assert "layer_ids" in outcome.err
+    assert "layers: found 0..2" in outcome.err
+
+
+def test_check_holds_the_experts_against_the_memory_of_the_machine(placement: Path, trace: Path) -> None:
+    sized = ("--model", "mixtral-8x7b", "--reserve", "0GB")
+    held = placer("check", placement, trace, "-t", "dgx-h100", *sized, "--json").document["worst_gpu_bytes"]
+    assert held == 2 * 2 * 3 * 4096 * 14336 * 2  # layers, slots, matrices, hidden, expert width, BF16
+    short = placer("check", placement, "-t", "dgx-h100", *sized, "--gpu-memory", "1GB")
+    assert (short.code, short.out, short.err.count("\n")) == (3, "", 1)
+    assert "memory: GPU 0 needs 1.41 GB" in short.err
+    unknown = placer("check", placement, trace, "-t", "dgx-h100")
+    assert (unknown.code, "memory       not checked: size of an expert" in unknown.out) == (0, True)
 
 
 def test_synth_repeats_itself(tmp_path: Path) -> None:
@@ -416,6 +493,11 @@ def test_synth_repeats_itself(tmp_path: Path) -> None:
     for path in paths:
         assert placer("synth", "olmoe-like", "--layers", 1, "--tokens", 60, "--seed", 3, "-o", path).code == 0
     assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_synth_says_what_it_makes_before_it_is_made(tmp_path: Path) -> None:
+    outcome = placer("synth", "olmoe-like", "--layers", 1, "--tokens", 1200, "-o", tmp_path / "t.npz")
+    assert outcome.err == "making 1 layers x 1,200 tokens...\n"
 
 
 def test_topology_takes_another_shape() -> None:
@@ -430,6 +512,12 @@ def test_methods_lists_every_method_with_what_it_needs() -> None:
     listed = placer("methods", "--json").document["methods"]
     assert [row["name"] for row in listed] == names()
     assert all(row["summary"] for row in listed)
+
+
+def test_the_table_of_methods_explains_its_words() -> None:
+    table = placer("methods").out
+    assert "load (routes where there are any)" in table
+    assert all(f"{word} = " in table for word in ("load", "pairs", "routes", "caps", "copies", "levels"))
 
 
 def test_methods_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

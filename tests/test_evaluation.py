@@ -300,16 +300,16 @@ def test_seconds_are_the_busiest_link_plus_latency_and_the_straggler() -> None:
     assert found.bottleneck == "server links"
 
 
-def test_a_phase_waits_for_the_latency_of_the_farthest_level_it_uses() -> None:
-    nvlink = Level(name="gpu", fanout=1, bandwidth=1e30, efficiency=1.0, latency=3.0)
-    nic = Level(name="server", fanout=2, bandwidth=1e30, efficiency=1.0, latency=2.0)
-    uplink = Level(name="rack", fanout=1, bandwidth=1e30, efficiency=1.0, latency=4.0)
+def test_a_phase_waits_for_the_largest_latency_of_the_levels_it_uses() -> None:
+    nvlink = Level(name="gpu", fanout=1, bandwidth=1e18, efficiency=1.0, latency=3.0)
+    nic = Level(name="server", fanout=2, bandwidth=1e18, efficiency=1.0, latency=2.0)
+    uplink = Level(name="rack", fanout=1, bandwidth=1e18, efficiency=1.0, latency=4.0)
     topology = replace(H100, levels=(nvlink, nic, uplink))
     trace = Trace(topk_idx=np.array([[[0]]]), num_experts=2)
     placement = Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))
     hierarchical = evaluate(placement, trace, topology).seconds["dispatch"]
     naive = evaluate(placement, trace, topology, alltoall="naive").seconds["dispatch"]
-    assert hierarchical >= 3.0  # over the NIC, then over NVLink
+    assert hierarchical == pytest.approx(3.0)  # over the NIC, then over NVLink
     assert naive == pytest.approx(2.0)  # over the NIC alone
 
 
@@ -523,6 +523,14 @@ def test_a_failed_gate_shows_that_the_two_numbers_differ() -> None:
     assert float(found) > float(limit)
 
 
+def test_a_gate_is_told_in_six_digits_where_those_tell_it_right() -> None:
+    report = small_report(remote={"gpu": 1.0, "server": 3.123456789, "rack": 0.0})
+    assert report.require("remote.server<=3.5") == "remote.server 3.12346 <= 3.5"
+    assert report.require("remote.server<3.12346") == "remote.server 3.123456789 < 3.12346"
+    with pytest.raises(GateFailed, match=r"^remote\.server is 3\.12346, required <= 3\.0$"):
+        report.require("remote.server<=3")
+
+
 @pytest.mark.parametrize(
     "gate", ["", "remote.server", "remote.server<=", "<=3", "remote.server=3", "remote.server==3", "remote.server<=x",
              "remote.server<=1e", "remote.server<=--1", "remote..server<=1", "remote.server<=nan", "a<=1<=2"]
@@ -546,7 +554,8 @@ def test_the_text_shows_every_level_and_the_step() -> None:
         bottleneck="server links",
     )
     head, gpu, server, rack, step = str(report).splitlines()
-    assert head.split() == ["touched", "remote", "bytes/token", "max/mean", "worst", "layer"]
+    assert head.split() == ["touched", "remote", "bytes/token", "load", "max/mean", "worst", "layer"]
+    assert {len(head), len(gpu), len(server), len(rack)} == {len(head)}
     assert gpu.split()[:2] == ["gpu", "5.124"]
     assert "2.5 MB" in server
     assert rack.startswith("rack")

@@ -17,8 +17,12 @@ def loaded_after(statement: str) -> set[str]:
     )
 
 
-def test_importing_placer_loads_numpy_only() -> None:
-    modules = loaded_after("import placer")
+def test_importing_placer_loads_nothing_heavy() -> None:
+    assert loaded_after("import placer").isdisjoint({"numpy", *HEAVY})
+
+
+def test_reading_a_trace_and_a_placement_loads_numpy_only() -> None:
+    modules = loaded_after("import placer; placer.Trace, placer.Placement, placer.Topology, placer.Model")
     assert "numpy" in modules
     assert modules.isdisjoint(HEAVY)
 

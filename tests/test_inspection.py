@@ -29,8 +29,21 @@ def test_a_uniform_router_looks_like_the_null(seed: int) -> None:
     found = inspect(Trace(topk_idx=ids, num_experts=16))
     assert found.lift is not None
     assert found.lift["p50"] == pytest.approx(1.0, abs=0.1)
+    assert found.verdict.startswith("nothing to win")
     for row in found.touched.values():
         assert row["linear"] == pytest.approx(row["uniform"], rel=0.05)
+
+
+def test_few_tokens_do_not_pass_for_structure() -> None:
+    """1000 tokens scatter the lift of a uniform router from 0.5 to 1.6; that is chance, and counts as such."""
+    ids = np.argsort(np.random.default_rng(0).random((1000, 1, 64)), axis=2)[:, :, :8]
+    found = inspect(Trace(topk_idx=ids, num_experts=64))
+    assert found.lift is not None
+    assert found.lift["p99"] > 1.4
+    assert found.structure == pytest.approx(0.0, abs=0.1)
+    assert "verdict: nothing to win" in str(found)
+    tiny = inspect(Trace(topk_idx=ids[:5], num_experts=64))
+    assert (tiny.structure, tiny.verdict.partition(":")[0]) == (None, "cannot tell")
 
 
 def test_touched_counts_distinct_units() -> None:
@@ -44,6 +57,7 @@ def test_experts_that_always_meet_have_a_high_lift() -> None:
     found = inspect(Trace(topk_idx=ids, num_experts=8))
     assert found.lift is not None
     # 28 pairs are equally likely by load, 4 of them take all the tokens: those have lift 7.
+    assert found.verdict.startswith("yes")
     assert (found.lift["p50"], found.lift["p99"]) == (0.0, pytest.approx(7.0))
 
 
@@ -57,4 +71,5 @@ def test_dropped_choices_are_counted_and_explained() -> None:
 def test_one_expert_a_token_has_no_pairs() -> None:
     found = inspect(Trace(topk_idx=np.array([[[0]], [[1]]] * 20), num_experts=2))
     assert found.lift is None
+    assert "only load" in found.verdict
     assert not any("too few tokens" in hint for hint in found.hints)

@@ -89,8 +89,9 @@ def test_every_expert_has_one_slot_whatever_the_sizes(name: str, data: st.DataOb
     module: Any = load_method(name)
     pytest.importorskip(PACKAGES[module])
     shape = [data.draw(st.integers(1, 3)) for _ in range(3)]
-    slots_in_all = int(np.prod(shape)) * data.draw(st.integers(1, 3))
-    num_experts = data.draw(st.integers(1, slots_in_all))
+    slots_per_rank = data.draw(st.integers(1, 3))
+    slots_in_all = int(np.prod(shape)) * slots_per_rank
+    num_experts = data.draw(st.integers(slots_per_rank, slots_in_all))
     top_k = data.draw(st.integers(1, min(3, num_experts)))
     used = data.draw(st.integers(top_k, num_experts))  # experts beyond have no load
     rng = np.random.default_rng(data.draw(st.integers(0, 9)))

@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer import Budget, Model, Placement, Topology, Trace, solve
+from placer.clock import Clock
 from placer.errors import Infeasible, InvalidInput
+from placer.layer import Layer
 from placer.solution import Event
+from placer.solvers import Placed
 from tests.instances import blocks_trace, noisy_trace, problem
 from tests.oracle import optimum
 
@@ -37,6 +40,68 @@ def test_cpsat_proves_the_optimum_of_small_layers(
     assert touched == pytest.approx(best)
     assert result.status == "optimal"
     assert result.gap == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_bound_counts_the_levels_of_one_slot_too() -> None:
+    posed = problem(noisy_trace(layers=1), "1x4x4")
+    result = solve(posed, "cpsat", budget=Budget(seconds=60, rounds=1))
+    assert result.status == "optimal"
+    assert result.bound == pytest.approx(result.objective)
+
+
+@pytest.mark.parametrize("name", ["cpsat", "auto"])
+def test_nothing_is_proved_where_copies_could_cost_less(name: str) -> None:
+    posed = problem(noisy_trace(num_experts=8, top_k=3, layers=1), "1x2x1", slots_per_gpu=8)
+    result = solve(posed, name, budget=Budget(seconds=60, rounds=1))
+    assert result.bound is None
+    assert result.status == "feasible"
+
+
+def test_a_proof_may_stop_at_the_gap_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def place(layer: Layer, *, rng: object, clock: Clock, initial: object = None) -> Placed:
+        seen.append(clock.gap)
+        return Placed(slots=layer.slots(layer.linear()))
+
+    monkeypatch.setattr("placer.solvers.cpsat.place", place)
+    solve(problem(noisy_trace(), "1x4x1"), "cpsat", budget=Budget(seconds=9, gap=0.25))
+    assert set(seen[1:]) == {0.25}  # the first call compiles
+
+
+def test_seeds_and_layers_draw_differently() -> None:
+    trace = noisy_trace(layers=1)
+    twice = Trace(topk_idx=np.repeat(trace.topk_idx, 2, axis=1), num_experts=16, sequence=trace.sequence)
+    placements = [
+        solve(problem(twice, "1x4x1"), "random", seed=seed).placement.physical_to_logical for seed in (0, 1)
+    ]
+    rows = {row.tobytes() for placement in placements for row in placement}
+    assert len(rows) == 4
+
+
+def test_time_is_shared_by_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+
+    def place(layer: Layer, *, rng: object, clock: Clock, initial: object = None) -> Placed:
+        shares.append(clock.remaining)
+        return Placed(slots=layer.slots(layer.linear()))
+
+    monkeypatch.setattr("placer.solvers.tabu.place", place)
+    solve(problem(noisy_trace(layers=4), "1x4x1"), "tabu", budget=Budget(seconds=100))
+    assert shares[1] == pytest.approx(25, abs=3)
+    assert shares[4] == pytest.approx(100, abs=10)
+
+
+def test_contiguous_experts_that_break_a_cap_are_not_kept() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(0, 4, (400, 1)) * 4, axis=1) + np.argsort(rng.random((400, 4)), axis=1)[:, :2]
+    ids[:240] %= 4  # one block takes most of the load, and contiguous experts keep every token in one unit
+    trace = Trace(topk_idx=ids[:, None, :], num_experts=16, sequence=np.arange(400) // 10)
+    free = solve(problem(trace, "1x4x1"), "tabu", budget=Budget(seconds=20, rounds=1))
+    capped = problem(trace, "1x4x1", max_load=1.3)
+    kept = solve(capped, "tabu", budget=Budget(seconds=20, rounds=1))
+    assert free.objective < kept.objective
+    assert capped.layer(0).score(kept.placement.physical_to_logical[0])[0] == 0
 
 
 @settings(max_examples=15, deadline=None)

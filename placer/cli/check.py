@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import click
 
 from placer.cli import options
-from placer.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from placer.model import Model
     from placer.placement import Placement
     from placer.topology import Topology
-    from placer.trace import Trace
 
 _EPILOG = """\b
 Example:
@@ -21,14 +20,20 @@ Example:
 
 
 @click.command(short_help="Check a placement file.", epilog=_EPILOG)
-@click.argument("placement", type=options.Input())
+@click.argument("placement", type=options.PlacementFile())
 @click.argument("trace", type=options.Input(), required=False)
 @click.option(
-    "-t", "--topology", type=options.TOPOLOGY, metavar="NAME|FILE", help="Also check that it fits a machine."
+    "-t",
+    "--topology",
+    type=options.TOPOLOGY,
+    metavar="NAME|FILE",
+    help="Also check that a machine can have its shape, and its memory hold the experts.",
 )
 @click.option(
     "--shape", type=options.Shape(), metavar="RxSxG", help="Also check that it is made for this shape."
 )
+@options.model
+@options.memory
 @options.as_json
 def command(
     *,
@@ -36,21 +41,35 @@ def command(
     trace: str | None,
     topology: Topology | None,
     shape: tuple[int, int, int] | None,
+    model: Model | None,
+    gpu_memory: float | None,
+    reserve: float,
+    expert_dtype: str | None,
     as_json: bool,
 ) -> None:
-    """Check that PLACEMENT is a valid placement file, and that it fits TRACE; exit with 2 when not."""
-    from placer.placement import Placement, format_shape
+    """Check that PLACEMENT is a valid placement file, and that it fits TRACE; exit with 2 when not.
+
+    With -t or --gpu-memory, and a model that TRACE or --model names, its experts must also fit into a GPU's memory;
+    exit with 3 when not.
+    """
+    from placer.evaluation import check_match
+    from placer.memory import worst_gpu_bytes
+    from placer.model import Model
+    from placer.placement import Placement
     from placer.trace import Trace
 
     placed = Placement.load(placement)
-    if shape is not None and shape != placed.shape:
-        raise InvalidInput(
-            f"{placement}: shape: found {format_shape(placed.shape)}, expected {format_shape(shape)} from --shape"
-        )
+    options.made_for(placed, shape, placement)
     if topology is not None:
         topology.with_shape(placed.shape)
-    if trace is not None:
-        _fits(placement, placed, Trace.load(trace))
+        gpu_memory = topology.gpu_memory if gpu_memory is None else gpu_memory
+    routed = None if trace is None else Trace.load(trace)
+    if routed is not None:
+        check_match(placed, routed)
+        model = model or Model.for_trace_name(routed.model, routed.num_experts)
+    held = None
+    if gpu_memory is not None and model is not None:
+        held = worst_gpu_bytes(placed, model, capacity=gpu_memory, reserve=reserve, expert_dtype=expert_dtype)
     twice = placed.duplicates()
     document = {
         "schema": "placer/check/1",
@@ -64,10 +83,11 @@ def command(
         "empty_slots": int((placed.physical_to_logical < 0).sum()),
         "max_copies": int(placed.replica_count.max()),
         "dispatch": placed.rule,
+        "worst_gpu_bytes": held,
         "duplicates": [{"layer": layer, "rank": rank, "expert": expert} for layer, rank, expert in twice],
         "digest": placed.digest,
     }
-    options.show(document, _text(placement, placed, trace), as_json)
+    options.show(document, _text(placement, placed, trace, _memory(gpu_memory, held)), as_json)
     if twice:
         layer, rank, expert = twice[0]
         click.echo(
@@ -77,22 +97,18 @@ def command(
         )
 
 
-def _fits(name: str, placed: Placement, routed: Trace) -> None:
-    if placed.num_experts != routed.num_experts:
-        raise InvalidInput(
-            f"{name}: num_experts: found {placed.num_experts}, expected {routed.num_experts} as in {routed.name}"
-        )
-    if placed.layer_ids != routed.layer_ids:
-        raise InvalidInput(
-            f"{name}: layer_ids: found {_ids(placed.layer_ids)}, expected {_ids(routed.layer_ids)} as in {routed.name}"
-        )
+def _memory(capacity: float | None, held: float | None) -> str:
+    from placer.report import format_bytes
+
+    if capacity is None:
+        return "not checked: no machine (-t) or --gpu-memory given"
+    if held is None:
+        return "not checked: size of an expert unknown (--model sets it)"
+    return f"{format_bytes(held)} of experts on the fullest GPU, of {format_bytes(capacity)}"
 
 
-def _ids(ids: tuple[int, ...]) -> str:
-    return f"{len(ids)} layers {ids[0]}..{ids[-1]}"
-
-
-def _text(name: str, placed: Placement, trace: str | None) -> str:
+def _text(name: str, placed: Placement, trace: str | None, memory: str) -> str:
+    from placer.evaluation import format_ids
     from placer.placement import format_shape
 
     empty = int((placed.physical_to_logical < 0).sum())
@@ -104,13 +120,14 @@ def _text(name: str, placed: Placement, trace: str | None) -> str:
     made = placed.provenance
     facts = [
         ("shape", f"{format_shape(placed.shape)} (racks x servers x GPUs), {placed.num_ranks} ranks"),
-        ("layers", _ids(placed.layer_ids)),
+        ("layers", f"{placed.num_layers}: {format_ids(placed.layer_ids)}"),
         (
             "experts",
             f"{placed.num_experts} a layer in {placed.num_slots} slots, {placed.slots_per_rank} on each GPU",
         ),
         ("copies", copies),
         ("empty slots", f"{empty} in all layers" if empty else "none"),
+        ("memory", memory),
         ("dispatch", placed.rule + (", with a table" if placed.table is not None else "")),
     ]
     if made:

@@ -31,7 +31,8 @@ Example:
     type=options.METHOD,
     multiple=True,
     metavar="NAME",
-    help="A name from 'placer methods'; may repeat [default: all of them].",
+    show_default="all of them",
+    help="A name from 'placer methods'; may repeat.",
 )
 @click.option(
     "--holdout",
@@ -48,7 +49,7 @@ Example:
     default=0,
     show_default=True,
     metavar="N",
-    help="Another split.",
+    help="Seed of the split.",
 )
 @click.option(
     "--seeds",
@@ -94,6 +95,7 @@ def command(
     **choices: Any,
 ) -> None:
     """Fit methods on one part of TRACE and judge them on it and on the part they have not seen."""
+    from placer.cli.log import compilation_told
     from placer.comparison import compare, deciding_level
     from placer.trace import Trace
 
@@ -102,14 +104,17 @@ def command(
     machine = topology if shape is None else topology.with_shape(shape)
 
     level = deciding_level(machine)
-    if not quiet:
-        click.echo(f"at most {time_limit:g} s of search for each row", err=True)
 
-    def tell(row: Row) -> None:
+    def say(text: str) -> None:
         if not quiet:
-            cap = "" if row.max_load is None else f", max load {row.max_load:g}"
-            held = f"held-out remote.{level} {row.held_out.remote[level]:.3f}"
-            click.echo(f"{row.method}{cap}, seed {row.seed}: {held} after {row.seconds:.1f} s", err=True)
+            click.echo(text, err=True)
+
+    def starts(method: str, max_load: float | None, seed: int) -> None:
+        cap = "" if max_load is None else f", max load {max_load:g}"
+        say(f"{method}{cap}, seed {seed}: running")
+
+    def ends(row: Row) -> None:
+        say(f"  held-out remote.{level} {row.held_out.remote[level]:.3f} after {row.seconds:.1f} s")
 
     def run(stop: threading.Event) -> Comparison:
         return compare(
@@ -119,10 +124,14 @@ def command(
             test=other,
             jobs=options.workers(jobs),
             budget=options.budget(time_limit, rounds, gap),
-            on_row=tell,
+            on_start=starts,
+            on_row=ends,
             stop=stop,
             **choices,
         )
+
+    ctx.with_resource(compilation_told(say))
+    say(f"at most {time_limit:g} s of search for each row")
 
     comparison, interrupted = interruptible(run)
     options.show(comparison.to_dict(), str(comparison), as_json)

@@ -15,19 +15,20 @@ if TYPE_CHECKING:
 
 _EPILOG = """\b
 Example:
-  placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --require 'remote.server<=4.2'
+  placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --require 'remote.server<=4.5'
 """
 
 
 @click.command(short_help="Price a placement on a trace: traffic, load, time.", epilog=_EPILOG)
-@click.argument("placement", type=options.Input())
+@click.argument("placement", type=options.PlacementFile())
 @options.trace
 @options.topology
 @click.option(
     "--shape",
     type=options.Shape(),
     metavar="RxSxG",
-    help="Must be the placement's own, which is the default.",
+    show_default="the placement's",
+    help="Must be the placement's own.",
 )
 @options.model
 @options.alltoall
@@ -55,18 +56,28 @@ def command(
     as_json: bool,
     **conditions: Any,
 ) -> None:
-    """Price PLACEMENT on TRACE: units touched, bytes over each kind of link, load, and seconds of a step."""
+    """Price PLACEMENT on TRACE: units touched, bytes over each kind of link, load, and seconds of a step.
+
+    \b
+    touched  units (GPUs, servers, racks) that hold a token's experts, mean over tokens and layers
+    remote   touched units other than the home's
+    home     the GPU on which a token lives before dispatch; uniform over all GPUs
+    load     busiest unit over mean: mean over layers, and the worst layer
+    """
     from placer.evaluation import evaluate
     from placer.placement import Placement, format_shape
+    from placer.report import Gate
     from placer.trace import Trace
 
+    required = [Gate.parse(gate) for gate in gates]
     placed, routed = Placement.load(placement), Trace.load(trace)
-    machine = topology.with_shape(placed.shape if shape is None else shape)
+    options.made_for(placed, shape, placement)
+    machine = topology.with_shape(placed.shape)
     report = evaluate(placed, routed, machine, model=model, **conditions)
-    failed = []
-    for gate in gates:
+    kept, failed = [], []
+    for gate in required:
         try:
-            report.require(gate)
+            kept.append(report.require(gate))
         except GateFailed as error:
             failed.append(str(error))
     heading = (
@@ -75,6 +86,8 @@ def command(
     )
     assumed = "\n".join(f"assumed: {line}" for line in report.assumptions)
     options.show(report.to_dict(), f"{heading}\n\n{report}\n\n{assumed}", as_json)
+    for line in kept:
+        click.echo(f"ok: {line}", err=True)
     for line in failed:
         click.echo(f"Error: {line}", err=True)
     if failed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +20,44 @@ if TYPE_CHECKING:
 _EVERY = 0.5  # seconds between two lines at least; the last layer always gets one
 
 _HEADER = (
-    f"{'time':>7} {'layers':>7} {'it':>9}   {'method':10} {'objective':>10} {'vs linear':>10} "
-    f"{'bound':>10} {'gap':>7} {'load':>6}"
+    f"{'time':>7} {'layers':>7} {'it':>9} H {'method':10} {'objective':>10} {'vs linear':>10} {'load':>6}"
 )
+
+
+@contextmanager
+def compilation_told(say: Callable[[str], None]) -> Iterator[None]:
+    """Say that kernels are being compiled as soon as one is, which is only when the cache on disk lacks it."""
+    from numba.core import event
+
+    class Told(event.Listener):  # type: ignore[misc]
+        told = False
+
+        def on_start(self, compiled: object) -> None:
+            if not self.told:
+                self.told = True
+                say("compiling kernels (once, about half a minute)...")
+
+        def on_end(self, compiled: object) -> None:
+            pass
+
+    with event.install_listener("numba:compile", Told()):
+        yield
+
+
+@contextmanager
+def elapsing(what: str) -> Iterator[None]:
+    """Say on stderr what is being done, and on a terminal for how long it has been."""
+    if not sys.stderr.isatty():
+        click.echo(f"{what}...", err=True)
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
+        bar.add_task(what, total=None)
+        yield
 
 
 class SearchLog:
@@ -90,13 +125,13 @@ class SearchLog:
 
 
 def _line(event: Event) -> str:
-    gap = bound = change = "-"
+    change, proof = "-", ""
     if event.bound is not None:
-        bound = format_seconds(event.bound)
-        gap = f"{(event.objective - event.bound) / event.objective:.1%}" if event.objective > 0 else "0.0%"
+        gap = (event.objective - event.bound) / event.objective if event.objective > 0 else 0.0
+        proof = f"  bound {format_seconds(event.bound)}, gap {gap:.1%}"
     if event.linear > 0:
         change = f"{100 * (event.objective / event.linear - 1):+.1f} %"
     return (
         f"{event.seconds:6.1f}s {f'{event.done}/{event.layers}':>7} {event.rounds:9d} {'H' if event.improved else ' '} "
-        f"{event.method:10} {format_seconds(event.objective):>10} {change:>10} {bound:>10} {gap:>7} {event.load:6.3f}"
+        f"{event.method:10} {format_seconds(event.objective):>10} {change:>10} {event.load:6.3f}{proof}"
     )

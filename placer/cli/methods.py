@@ -10,6 +10,14 @@ import click
 from placer.cli import options
 from placer.table import aligned
 
+#: Statistics that a method uses beyond those it cannot do without.
+_MORE = {"auto": " (routes where there are any)"}
+
+_LEGEND = """
+
+needs: load = tokens of each expert; pairs = tokens of each two experts; routes = the tokens themselves
+handles: caps = keeps --max-load; copies = fills spare slots; levels = weighs GPUs, servers and racks together"""
+
 
 @click.command(short_help="List search methods.", epilog="\b\nExample:\n  placer methods")
 @options.as_json
@@ -18,8 +26,11 @@ def command(*, as_json: bool) -> None:
     from placer.solvers import names
 
     found = [_described(name) for name in names()]
-    rows = [[row["name"], _words(row["needs"]), _words(row["handles"]), row["summary"]] for row in found]
-    text = aligned(["name", "needs", "handles", "what it does"], rows, left=(0, 1, 2, 3))
+    rows = [
+        [row["name"], _words(row["needs"], row["name"]), _words(row["handles"]), row["summary"]]
+        for row in found
+    ]
+    text = aligned(["name", "needs", "handles", "what it does"], rows, left=(0, 1, 2, 3)) + _LEGEND
     options.show({"schema": "placer/methods/1", "methods": found}, text, as_json)
 
 
@@ -35,5 +46,5 @@ def _described(name: str) -> dict[str, Any]:
     return {"name": name, "summary": summary, "needs": sorted(found.needs), "handles": sorted(found.handles)}
 
 
-def _words(words: list[str] | None) -> str | None:
-    return " ".join(words) if words else None
+def _words(words: list[str] | None, name: str = "") -> str | None:
+    return " ".join(words) + _MORE.get(name, "") if words else None

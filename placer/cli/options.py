@@ -18,6 +18,8 @@ from click.shell_completion import CompletionItem
 from placer.files import nearest
 
 if TYPE_CHECKING:
+    from placer.placement import Placement
+
     ParamType = click.ParamType[Any]  # generic in the annotations of newer versions of click only
 else:
     ParamType = click.ParamType
@@ -208,6 +210,20 @@ def presets() -> list[str]:
     return sorted(PRESETS)
 
 
+class PlacementFile(Input):
+    """A placement file to read; a binary one, such as a trace in its place, is told at once."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            with open(value, "rb") as file:
+                binary = b"\0" in file.read(1024)  # never in JSON text
+        except OSError:
+            return value  # the reader says why
+        if binary:
+            self.fail(f"{value}: not a placement file: expected JSON", param, ctx)
+        return value
+
+
 METHOD, TOPOLOGY, MODEL = Name("method", _methods), TopologyName(), ModelName()
 MAX_LOAD = Number("a number of 1 or more, or none", low=1.0, words={"none": None})
 MAX_LOAD_OR_AUTO = Number(
@@ -232,7 +248,9 @@ as_json = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON document on stdout instead of text."
 )
 quiet = click.option("-q", "--quiet", is_flag=True, help="No log on stderr.")
-model = click.option("--model", type=MODEL, help="Sizes of vectors and experts [default: as the trace says].")
+model = click.option(
+    "--model", type=MODEL, show_default="as the trace says", help="Sizes of vectors and experts."
+)
 topology = click.option(
     "-t",
     "--topology",
@@ -245,6 +263,7 @@ shape = click.option(
     "--shape",
     type=Shape(),
     metavar="RxSxG",
+    show_default="the topology's",
     help="Racks x servers in a rack x GPUs in a server, for example 1x8x8.",
 )
 
@@ -262,7 +281,10 @@ def replica_choice(default: str | None) -> Decorator[Any]:
 
 memory = _together(
     click.option(
-        "--gpu-memory", type=Quantity(), help="Memory of a GPU, for example 80GB [default: the topology's]."
+        "--gpu-memory",
+        type=Quantity(),
+        show_default="the topology's",
+        help="Memory of a GPU, for example 80GB.",
     ),
     click.option(
         "--reserve",
@@ -274,7 +296,8 @@ memory = _together(
     click.option(
         "--expert-dtype",
         type=click.Choice(["bf16", "fp8", "fp4"]),
-        help="Storage of expert weights [default: the model's].",
+        show_default="the model's",
+        help="Storage of expert weights.",
     ),
 )
 alltoall = click.option(
@@ -286,10 +309,18 @@ alltoall = click.option(
 )
 slots = _together(
     click.option(
-        "--redundant", type=click.IntRange(min=0), metavar="N", help="Spare slots a layer, over all GPUs."
+        "--redundant",
+        type=click.IntRange(min=0),
+        metavar="N",
+        show_default="0",
+        help="Spare slots a layer, over all GPUs.",
     ),
     click.option(
-        "--slots-per-gpu", type=click.IntRange(min=1), metavar="N", help="Slots a layer, on each GPU."
+        "--slots-per-gpu",
+        type=click.IntRange(min=1),
+        metavar="N",
+        show_default="just enough",
+        help="Slots a layer, on each GPU; instead of --redundant.",
     ),
 )
 load_margin = click.option(
@@ -310,12 +341,17 @@ search = _together(
         help="Wall seconds of search, for all layers together.",
     ),
     click.option(
-        "--rounds", type=click.IntRange(min=0), metavar="N", help="Rounds of search a layer, at most."
+        "--rounds",
+        type=click.IntRange(min=0),
+        metavar="N",
+        show_default="as many as pay",
+        help="Rounds of search a layer, at most.",
     ),
     click.option(
         "--gap",
         type=Number("a fraction or a percentage below 100%", high=1.0, percent=True),
         metavar="1%",
+        show_default="0%",
         help="Stop a proof at this gap; of use where a bound is computed.",
     ),
     click.option(
@@ -324,10 +360,14 @@ search = _together(
         default=0,
         show_default=True,
         metavar="N",
-        help="Of all randomness.",
+        help="Seed of all random choices.",
     ),
     click.option(
-        "--jobs", type=click.IntRange(min=1), metavar="N", help="Layers at once [default: as many as cores]."
+        "--jobs",
+        type=click.IntRange(min=1),
+        metavar="N",
+        show_default="one for each core",
+        help="Layers at once.",
     ),
 )
 
@@ -347,6 +387,17 @@ def workers(jobs: int | None) -> int:
     import joblib
 
     return jobs or int(joblib.cpu_count())
+
+
+def made_for(placement: Placement, shape: tuple[int, int, int] | None, path: str) -> None:
+    """Refuse a ``--shape`` that is not the placement's own."""
+    from placer.errors import InvalidInput
+    from placer.placement import format_shape
+
+    if shape is not None and shape != placement.shape:
+        raise InvalidInput(
+            f"--shape: found {format_shape(shape)}, expected {format_shape(placement.shape)}, the shape of {path}"
+        )
 
 
 def show(document: Mapping[str, Any], text: str, as_json: bool) -> None:

@@ -51,7 +51,9 @@ Example:
 @options.memory
 @options.search
 @click.option(
-    "--initial", type=options.Input(), help="A placement file to start from; the result is never worse."
+    "--initial",
+    type=options.PlacementFile(),
+    help="A placement file to start from; the result is never worse.",
 )
 @click.option("--log", "log_file", type=options.Output(), help="Also write the log, one JSON object a line.")
 @click.option("-o", "--output", type=options.Output(), help="Write the placement file.")
@@ -82,8 +84,11 @@ def command(
     """Search for a placement of the experts of TRACE on a machine, and say what it gains over the usual one.
 
     The usual one, linear, is experts in order: the first E/N on the first GPU, and so on.
+
+    Columns of the log: it = rounds of search so far; H = the layer costs less than linear; objective = seconds per
+    token on the links, layers done so far; load = busiest unit over mean.
     """
-    from placer.cli.log import SearchLog
+    from placer.cli.log import SearchLog, compilation_told
     from placer.comparison import against, deciding_level
     from placer.evaluation import evaluate
     from placer.placement import Placement
@@ -102,6 +107,8 @@ def command(
     spread = limits["max_load"] == "auto"
     if spread:
         limits["max_load"] = None
+    log = SearchLog(quiet=quiet, file=log_file)
+    ctx.with_resource(compilation_told(log.say))
     problem = Problem.from_trace(routed, machine, model=model, **limits)
     pricing: dict[str, Any] = {
         "model": problem.model,
@@ -109,7 +116,6 @@ def command(
         "reserve": problem.reserve,
         "expert_dtype": problem.expert_dtype,
     }
-    log = SearchLog(quiet=quiet, file=log_file)
     log.say(
         f"placer {placer.__version__}  {routed.name}, {problem.num_layers} layers x {problem.num_experts} experts, "
         f"{problem.num_ranks} ranks x {problem.slots_per_rank} slots, method {method}, seed {seed}"
@@ -138,11 +144,13 @@ def command(
     report = evaluate(result.placement, routed, machine, **pricing)
     baseline = evaluate(linear, routed, machine, **pricing)
     keeps_caps = "caps" in load_method(method).handles
-    for note in (*result.notes, *_on_caps(result, limits["max_load"], keeps_caps)):
-        log.say(f"note: {note}")
     level = deciding_level(machine)
     gain = against(report, baseline, level, copies=result.placement.has_copies)
-    log.say(f"{result.status} in {result.seconds:.1f} s; linear -> {result.method}: {gain}")
+    notes = (*result.notes, *_on_caps(result, limits["max_load"], keeps_caps))
+    summary = [*(f"note: {note}" for note in notes), f"against linear: {gain}"]
+    log.say(f"{result.status} in {result.seconds:.1f} s")
+    if as_json:
+        log.say("\n".join(summary))
     document = {
         **result.to_dict(),
         "report": report.to_dict(),
@@ -150,7 +158,7 @@ def command(
         "placement": None if output is None else str(output),
     }
     written = "not written (-o FILE writes it)" if output is None else f"written to {output}"
-    options.show(document, f"{report}\nplacement {written}", as_json)
+    options.show(document, "\n".join([str(report), f"placement {written}", *summary]), as_json)
     if interrupted:
         ctx.exit(EXIT_CODE)
 

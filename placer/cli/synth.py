@@ -15,9 +15,11 @@ Example:
 
 
 @click.command(short_help="Write a synthetic trace.", epilog=_EPILOG)
-@click.argument("name", type=options.Name("preset", options.presets))
+@click.argument("name", metavar="PRESET", type=options.Name("preset", options.presets))
 @click.option("-o", "--output", type=options.Output(), required=True, help="The trace file (.npz) to write.")
-@click.option("--layers", type=click.IntRange(min=1), metavar="N", help="MoE layers [default: the model's].")
+@click.option(
+    "--layers", type=click.IntRange(min=1), metavar="N", show_default="the model's", help="MoE layers."
+)
 @click.option(
     "--tokens",
     type=click.IntRange(min=1),
@@ -32,7 +34,7 @@ Example:
     default=0,
     show_default=True,
     metavar="N",
-    help="Same seed, same trace.",
+    help="Seed of all random choices.",
 )
 @click.option(
     "--sequence-length",
@@ -53,11 +55,13 @@ def command(
     sequence_length: int,
     as_json: bool,
 ) -> None:
-    """Write a synthetic trace in the shape of a known model: olmoe-like, qwen3-like or dsv3-like."""
-    from placer.synthetic import synth
+    """Write a synthetic trace in the shape of a known model; PRESET is olmoe-like, qwen3-like or dsv3-like."""
+    from placer.cli.log import elapsing
+    from placer.synthetic import PRESETS, synth
 
-    made = synth(name, layers=layers, tokens=tokens, seed=seed, sequence_length=sequence_length)
-    made.save(output)
+    with elapsing(f"making {layers or PRESETS[name].layers} layers x {tokens:,} tokens"):
+        made = synth(name, layers=layers, tokens=tokens, seed=seed, sequence_length=sequence_length)
+        made.save(output)
     document = {
         "schema": "placer/synth/1",
         "trace": str(output),

@@ -89,7 +89,7 @@ def _detail(machine: Topology) -> str:
     )
     return "\n".join(
         [
-            f"{machine.name}: {machine.description}",
+            f"{machine.name} - {machine.description}",
             size,
             "",
             aligned(header, rows, left=(0, 3)),

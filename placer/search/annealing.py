@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from placer.search.compiling import kernel
 from placer.search.tabu import _excess, apply_exact, build_exact
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def swap_change(i, j, H, Q, S, load, unit_load, size, level_weight, cap, penalty):
     """Change of the weighted touched units, and of the load above the caps at `penalty` a token; i < j."""
     change = S[i, j]
@@ -25,7 +25,7 @@ def swap_change(i, j, H, Q, S, load, unit_load, size, level_weight, cap, penalty
     return change
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def anneal(
     occupant,
     expert_load,

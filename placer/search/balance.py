@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from placer.search.compiling import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def balanced(load, size):
     """Experts on positions so that the busiest unit of every level is light.
 
@@ -81,7 +82,7 @@ def balanced(load, size):
     return occupant
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _swap(i, j, occupant, load, heat, size):
     d = load[occupant[j]] - load[occupant[i]]
     for level in range(size.shape[0]):
@@ -90,7 +91,7 @@ def _swap(i, j, occupant, load, heat, size):
     occupant[i], occupant[j] = occupant[j], occupant[i]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _peaks(heat, size, scale, positions):
     total = 0.0
     for level in range(size.shape[0]):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from placer.search.compiling import kernel
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_pairs(tokens, weights, k, pairs):
     """Add the pair counts of `tokens` to `pairs`.
 
@@ -34,7 +35,7 @@ def count_pairs(tokens, weights, k, pairs):
                     pairs[f * size + e] += w
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_transitions(here, there, transitions):
     """Add to `transitions` (E, E) how often expert e here goes with expert f in the next layer."""
     for t in range(here.shape[0]):
@@ -48,7 +49,7 @@ def count_transitions(here, there, transitions):
                     transitions[e, f] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_touched(tokens, unit_of_expert, touched):
     """Add to `touched` (levels, units) how many tokens touch each unit; one copy of each expert.
 
@@ -68,7 +69,7 @@ def count_touched(tokens, unit_of_expert, touched):
                     touched[level, u] += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def expect_touched(
     tokens, candidates, num_candidates, size, server, touched, remote, load, remote_load, foreign
 ):
@@ -123,7 +124,7 @@ def expect_touched(
                     miss[u] = 1.0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def count_covered(sets, weights, contents):
     """Weight of the sets that meet each content; both are bit masks, (n, words) and (c, words) uint64."""
     covered = np.zeros(contents.shape[0], np.int64)

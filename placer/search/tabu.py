@@ -26,12 +26,13 @@ Connectivity metric: Catalyurek and Aykanat, doi:10.1109/71.780863.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from placer.search.compiling import kernel
 
 FAR = 1e300
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def build_exact(tokens, weights, occupant, size, level_weight, units):
     """Tables H (levels, P, units), Q (levels, P), S (P, P) and the weighted touched units, from scratch."""
     levels, positions = size.shape[0], occupant.shape[0]
@@ -73,7 +74,7 @@ def build_exact(tokens, weights, occupant, size, level_weight, units):
     return H, Q, S, cost
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def build_pairs(pairs, occupant, size, level_weight, units):
     """The same tables for the pair surrogate, and the weighted pairs cut; `pairs` is symmetric (P, P)."""
     levels, positions = size.shape[0], occupant.shape[0]
@@ -95,7 +96,7 @@ def build_pairs(pairs, occupant, size, level_weight, units):
     return H, Q, S, cost
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _swap_tables(i, j, occupant, load, H, Q, S):
     """Let the rows of positions i < j change place with their experts."""
     occupant[i], occupant[j] = occupant[j], occupant[i]
@@ -113,7 +114,7 @@ def _swap_tables(i, j, occupant, load, H, Q, S):
         S[i, p], S[j, p] = S[j, p], S[i, p]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def apply_exact(
     i, j, occupant, position_of, load, H, Q, S, tokens, weights, first_use, uses, size, level_weight
 ):
@@ -195,7 +196,7 @@ def apply_exact(
                         _alone(level, still, w, at, n, Q, S, level_weight)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _alone(level, p, w, at, n, Q, S, level_weight):
     """Add weight w to the tokens in which position p is alone in its unit; `at` holds the token's positions."""
     Q[level, p] -= w
@@ -208,7 +209,7 @@ def _alone(level, p, w, at, n, Q, S, level_weight):
             S[p, q] += value
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_weight):
     """Swap positions i < j and bring the pair tables up to date."""
     e, f = occupant[i], occupant[j]
@@ -240,7 +241,7 @@ def apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_w
             S[low, high] = 2 * total * pairs[occupant[low], occupant[high]]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def move_costs(H, Q, size, level_weight, inner, costs):
     """Fill `costs` (inner units, P): the change when the expert on p alone moved to that inner unit."""
     positions = Q.shape[1]
@@ -255,7 +256,7 @@ def move_costs(H, Q, size, level_weight, inner, costs):
                     costs[u, p] += level_weight[level] * (Q[level, p] - H[level, p, v])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _excess(load, size, cap):
     """Load of every unit (levels, P) and the total load above the caps."""
     levels, positions = size.shape[0], load.shape[0]
@@ -269,7 +270,7 @@ def _excess(load, size, cap):
     return unit_load, total
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@kernel(fastmath=True)
 def _least(row, bar, start, stop):
     """Least of row[start:stop], and of those where `bar` is 0; all values are finite, so it may be vectorised."""
     least, free = FAR, FAR
@@ -279,7 +280,7 @@ def _least(row, bar, start, stop):
     return least, free
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row):
     """The best swap of positions in different inner units.
 
@@ -319,7 +320,7 @@ def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, want
     return best_i, best_j, best
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def tabu(
     occupant,
     expert_load,

@@ -37,5 +37,4 @@ def place(
         copied = eplb.place(layer, rng=rng, clock=clock, initial=initial)
         if layer.score(copied.slots) < layer.score(placed.slots):
             return replace(copied, rounds=placed.rounds)
-        return replace(placed, bound=None, bound_method=None)
     return placed

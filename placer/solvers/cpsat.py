@@ -58,8 +58,11 @@ def place(
 
 
 def provable(layer: Layer) -> bool:
-    """Whether every content of a unit can be listed and one level alone decides the cost."""
-    if len(layer.levels) != 1 or layer.num_slots > 64:
+    """Whether every content of a unit can be listed and one level alone decides the cost.
+
+    With spare slots copies could lower the cost below any partition's, so nothing is proved there.
+    """
+    if len(layer.levels) != 1 or layer.num_slots > 64 or layer.num_slots > layer.num_experts:
         return False
     return math.comb(layer.num_slots, int(layer.sizes[0])) <= ALL_CONTENTS
 

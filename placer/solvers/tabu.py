@@ -3,9 +3,9 @@
 Idea: many starts (contiguous, load-only, hierarchical, random) go through tabu search on pairs, which is fast; the
 best of them continue on the exact number of touched units, all levels at once, and make an elite. Rounds cross
 two of the elite (whole units inherited in turn) or shuffle a few units of one, search again, and keep what is
-better, until that stops paying, or for as many rounds as are asked for. Where contiguous experts keep the caps, a split by sequence decides first
-whether searching beats them on unseen tokens at all (gate groups often make them unbeatable). Large traces are
-searched on every n-th token first and then on all of them.
+better, until that stops paying, or for as many rounds as are asked for. Where contiguous experts keep the caps,
+a split by sequence decides first whether searching beats them on unseen tokens at all (gate groups often make
+them unbeatable). Large traces are searched on every n-th token first and then on all of them.
 
 Complexity per swap: E^2/2 evaluations of O(levels), and about 2 T k / E tokens visited to apply one.
 Wins on every trace tried once co-activation is not uniform; where routing is uniform there is nothing to win.
