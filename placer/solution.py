@@ -15,7 +15,7 @@ import numpy.typing as npt
 import placer
 from placer import caps
 from placer.clock import Clock
-from placer.errors import InvalidInput, NoPlacement, PlacerError
+from placer.errors import Infeasible, InvalidInput, NoPlacement, PlacerError
 from placer.layer import Layer
 from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
@@ -216,6 +216,21 @@ def solve(
     if len(done) < problem.num_layers:
         raise NoPlacement("stopped before every layer had a placement")
     return _result(problem, method, seed, [done[i] for i in range(problem.num_layers)], clock, begun)
+
+
+def baseline_placement(problem: Problem) -> Placement:
+    """Contiguous experts, with copies in the spare slots where memory allows: what results are compared to."""
+    try:
+        return solve(problem, "linear").placement
+    except Infeasible:
+        layers = [problem.layer(index) for index in range(problem.num_layers)]
+        return Placement(
+            physical_to_logical=np.stack([layer.slots(layer.linear()) for layer in layers]),
+            num_experts=problem.num_experts,
+            shape=problem.topology.shape,
+            layer_ids=problem.layer_ids,
+            rule=problem.replica_choice,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -321,3 +324,48 @@ def test_a_trace_without_any_choice_moves_nothing(tmp_path: Path) -> None:
     assert {level["max_over_mean"] for level in report["load"].values()} == {1.0}
     assert placer("inspect", trace, "--json").document["dropped"] == 1.0
     assert placer("check", path, trace).code == 0
+
+
+def test_special_files_as_output_are_refused(tmp_path: Path) -> None:
+    write_trace(tmp_path / "t.npz")
+    os.mkfifo(tmp_path / "fifo")
+    before = set(tmp_path.iterdir())
+    found = placer("solve", tmp_path / "t.npz", *MACHINE, "-o", tmp_path / "fifo")
+    refused(found, tmp_path, before, 2, "expected the name of a file")
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_names_that_no_file_system_takes_are_refused(tmp_path: Path) -> None:
+    write_trace(tmp_path / "t.npz")
+    found = placer("solve", tmp_path / "t.npz", *MACHINE, "-o", tmp_path / ("x" * 300))
+    refused(found, tmp_path, {tmp_path / "t.npz"}, 2, "cannot be written")
+
+
+def test_one_file_for_placement_and_log_is_refused(tmp_path: Path) -> None:
+    write_trace(tmp_path / "t.npz")
+    found = placer("solve", tmp_path / "t.npz", *MACHINE, "-o", tmp_path / "a", "--log", tmp_path / "a")
+    refused(found, tmp_path, {tmp_path / "t.npz"}, 2, "expected two files")
+
+
+def test_a_full_output_is_told_in_one_line() -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "placer", "methods"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert found.returncode == 2
+    assert found.stderr == "Error: cannot write the output: No space left on device\n"
+
+
+def test_copies_of_the_baseline_that_do_not_fit_do_not_spoil_the_result(tmp_path: Path) -> None:
+    """Mixtral's experts are 352 MB: four a layer fit beside the reserve, the eight that linear would hold do not."""
+    write_trace(tmp_path / "t.npz", meta={"num_experts": 16})
+    limits = ("--model", "mixtral-8x7b", "--slots-per-gpu", "8", "--gpu-memory", "24GB", "--method", "lpt")
+    found = placer("solve", tmp_path / "t.npz", *MACHINE, *limits, "-o", tmp_path / "p.json", "--json")
+    assert found.code == 0, found.err
+    copied = placer("solve", tmp_path / "t.npz", *MACHINE, *limits[:-1], "linear")
+    assert copied.code == 3
+    assert json.loads(found.out)["baseline"]["touched"]["server"] > 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -237,3 +239,17 @@ def test_values_survive_pickling_as_a_cluster_needs() -> None:
     again = pickle.loads(pickle.dumps(posed.layer(0)))
     assert again.score(again.slots(again.linear())) == posed.layer(0).score(again.slots(again.linear()))
     assert isinstance(pickle.loads(pickle.dumps(posed.topology)), Topology)
+
+
+def test_ctrl_c_still_reaches_the_caller_after_cpsat() -> None:
+    code = """
+import os, signal
+from placer import Budget, solve
+from tests.instances import noisy_trace, problem
+seen = []
+signal.signal(signal.SIGINT, lambda *_: seen.append(1))
+solve(problem(noisy_trace(layers=1), "1x4x1"), "cpsat", budget=Budget(seconds=20, rounds=1))
+os.kill(os.getpid(), signal.SIGINT)
+assert seen == [1]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

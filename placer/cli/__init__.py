@@ -7,7 +7,9 @@ answers at once. A result goes to stdout, everything else to stderr. Exit codes:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import sys
 from typing import Any
@@ -54,6 +56,9 @@ class _Commands(click.Group):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         extra["standalone_mode"] = False
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             code = super().main(*args, **extra)
         except click.Abort:
@@ -64,6 +69,10 @@ class _Commands(click.Group):
             _fail(error.format_message() + _where_to_look(error), error.exit_code)
         except PlacerError as error:
             _fail(str(error), error.exit_code)
+        except MemoryError:
+            _fail("not enough memory for an input of this size", 2)
+        except OSError as error:
+            _fail(f"cannot write the output: {error.strerror or error}", 2)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -76,7 +85,8 @@ class _Commands(click.Group):
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # stderr may be full or gone; the exit code still tells
+        click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(code)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -83,10 +83,11 @@ class SearchLog:
         """One line."""
         if self._quiet:
             return
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            click.echo(text, err=True)
+        with suppress(OSError):  # a full or closed stderr must not end the search
+            if self._bar is not None:
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                click.echo(text, err=True)
 
     @contextmanager
     def running(self, layers: int) -> Iterator[None]:
@@ -109,14 +110,19 @@ class SearchLog:
                 self._bar.stop()
                 self._bar = None
             if self._file is not None:
-                self._file.close()
+                with suppress(OSError):
+                    self._file.close()
 
     def add(self, event: Event) -> None:
         """Show one more finished layer."""
         if self._path is not None:
-            # Opened with the first event, so that a run that is refused leaves no file.
-            self._file = self._file or self._path.open("w", encoding="utf-8", buffering=1)
-            self._file.write(json.dumps(asdict(event), allow_nan=False) + "\n")
+            try:
+                # Opened with the first event, so that a run that is refused leaves no file.
+                self._file = self._file or self._path.open("w", encoding="utf-8", buffering=1)
+                self._file.write(json.dumps(asdict(event), allow_nan=False) + "\n")
+            except OSError as error:
+                self.say(f"note: {self._path}: the log ends here: {error.strerror}")
+                self._path = None
         if self._bar is not None:
             self._bar.update(self._task, completed=event.done)
         if event.done == event.layers or event.seconds - self._shown >= _EVERY:

@@ -159,9 +159,10 @@ class Output(ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(value)
-        if path.is_dir() or value in ("", "-"):
-            self.fail(f"{value or 'nothing'}: cannot be written: expected the name of a file", param, ctx)
         try:
+            taken = path.exists() and not path.is_file()
+            if taken or value in ("", "-"):
+                self.fail(f"{value or 'nothing'}: cannot be written: expected the name of a file", param, ctx)
             with tempfile.TemporaryFile(dir=path.parent):
                 pass
         except OSError as error:

@@ -93,7 +93,7 @@ def command(
     from placer.evaluation import evaluate
     from placer.placement import Placement
     from placer.problem import Problem
-    from placer.solution import solve
+    from placer.solution import baseline_placement, solve
     from placer.solvers import method as load_method
     from placer.spectrum import CAPS, chosen, spectrum
     from placer.trace import Trace
@@ -101,6 +101,8 @@ def command(
     for path, name in ((output, "-o"), (log_file, "--log")):
         if path is not None and options.same_file(path, trace):
             raise click.UsageError(f"{name} {path}: would overwrite the trace")
+    if output is not None and log_file is not None and output == log_file:
+        raise click.UsageError(f"-o and --log: found {output} for both, expected two files")
     routed = Trace.load(trace)
     start = None if initial is None else Placement.load(initial)
     machine = topology if shape is None else topology.with_shape(shape)
@@ -140,7 +142,7 @@ def command(
     result, interrupted = interruptible(search)
     if output is not None:
         result.placement.save(output)
-    linear = solve(problem, "linear").placement
+    linear = baseline_placement(problem)
     report = evaluate(result.placement, routed, machine, **pricing)
     baseline = evaluate(linear, routed, machine, **pricing)
     keeps_caps = "caps" in load_method(method).handles

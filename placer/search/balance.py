@@ -12,7 +12,7 @@ def balanced(load, size):
     """Experts on positions so that the busiest unit of every level is light.
 
     Longest processing time first, top-down: the next heaviest expert goes to the lightest outermost unit with
-    room, inside it to the lightest next unit, and so on. Swaps that lower the sum of squared unit loads follow,
+    room (of equal ones, to that with the fewest experts), inside it to the lightest next unit, and so on. Swaps that lower the sum of squared unit loads follow,
     then swaps that lower the sum over levels of max/mean.
 
     Parameters: load (P,) float64, tokens per expert (0 for padding); size (levels,) positions per unit, inside
@@ -30,7 +30,13 @@ def balanced(load, size):
         for level in range(levels - 1, -1, -1):
             coolest = -1
             for u in range(low // size[level], high // size[level]):
-                if used[level, u] < size[level] and (coolest < 0 or heat[level, u] < heat[level, coolest]):
+                if used[level, u] == size[level]:
+                    continue
+                if (
+                    coolest < 0
+                    or heat[level, u] < heat[level, coolest]
+                    or (heat[level, u] == heat[level, coolest] and used[level, u] < used[level, coolest])
+                ):
                     coolest = u
             low, high = coolest * size[level], (coolest + 1) * size[level]
             used[level, coolest] += 1
