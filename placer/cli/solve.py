@@ -110,8 +110,8 @@ def command(
     if spread:
         limits["max_load"] = None
     log = SearchLog(quiet=quiet, file=log_file)
-    ctx.with_resource(compilation_told(log.say))
     problem = Problem.from_trace(routed, machine, model=model, **limits)
+    ctx.with_resource(compilation_told(log.say))  # the problem is sound: from here on it may take a while
     pricing: dict[str, Any] = {
         "model": problem.model,
         "gpu_memory": problem.gpu_memory,

@@ -12,8 +12,8 @@ def balanced(load, size):
     """Experts on positions so that the busiest unit of every level is light.
 
     Longest processing time first, top-down: the next heaviest expert goes to the lightest outermost unit with
-    room (of equal ones, to that with the fewest experts), inside it to the lightest next unit, and so on. Swaps that lower the sum of squared unit loads follow,
-    then swaps that lower the sum over levels of max/mean.
+    room (of equal ones, to that with the fewest experts), inside it to the lightest next unit, and so on. Swaps
+    that lower the sum of squared unit loads follow, then swaps that lower the sum over levels of max/mean.
 
     Parameters: load (P,) float64, tokens per expert (0 for padding); size (levels,) positions per unit, inside
     out. Returns occupant (P,) int32.
