@@ -34,7 +34,7 @@ CROSSED = 0.5  # share of rounds that cross two of the elite; the others shuffle
 SAMPLE = 25_000  # tokens searched at first; a random sample of 20k is nearly as good as 100k
 STEPS, PATIENCE = 600, 150  # swaps of one exact search, and swaps without a new best that end it
 STALL = 40  # rounds without a new best after which to stop, unless rounds are asked for
-SAMPLE_STALL, FINAL_STALL = 20, 5  # the same on a sample, and on all tokens after it
+SAMPLE_STALL, FINAL_STALL = 12, 4  # the same on a sample, and on all tokens after it
 
 OUT_OF_TIME = "time ran out before the search: a quick arrangement is returned"
 
