@@ -191,12 +191,17 @@ class Layer:
             first = self.key <= keys[(len(keys) - 1) // 2]
         return self._part(first), self._part(~first)
 
-    def sample(self, max_tokens: int) -> Layer:
-        """This layer seen through every n-th of its tokens, so that all sequences are represented."""
-        stride = -(-len(self.tokens) // max_tokens)
+    def sample(self, sets: int) -> Layer:
+        """This layer through every n-th of its tokens, with about `sets` to twice as many distinct expert sets.
+
+        All sequences are represented; a layer of fewer sets is returned as it is.
+        """
+        stride = len(self.distinct[0]) // sets
+        if stride <= 1:
+            return self
         keep = np.zeros(len(self.tokens), bool)
         keep[::stride] = True
-        return self if stride == 1 else replace(self._part(keep), margin=self.margin_value)
+        return replace(self._part(keep), margin=self.margin_value)
 
     def _part(self, keep: npt.NDArray[np.bool_]) -> Layer:
         key = None if self.key is None else self.key[keep]

@@ -349,11 +349,13 @@ def test_split_halves_share_no_sequence_and_lose_no_token(problem: Problem) -> N
 
 
 @settings(max_examples=40, deadline=None)
-@given(problem=problems(), max_tokens=st.integers(1, 15))
-def test_a_sample_of_a_layer_has_no_more_tokens_than_asked(problem: Problem, max_tokens: int) -> None:
+@given(problem=problems(), sets=st.integers(1, 15))
+def test_a_sample_of_a_layer_is_every_nth_token(problem: Problem, sets: int) -> None:
     layer = problem.layer(0)
-    part = layer.sample(max_tokens)
-    assert 0 < len(part.tokens) <= max_tokens
+    part = layer.sample(sets)
+    stride = max(1, len(layer.distinct[0]) // sets)
+    assert (part is layer) == (stride == 1)
+    assert np.array_equal(part.tokens, layer.tokens[::stride])
     rows = part.tokens
     assert np.array_equal(part.load, np.bincount(rows[rows >= 0], minlength=layer.num_experts))
 
