@@ -34,7 +34,7 @@ CROSSED = 0.5  # share of rounds that cross two of the elite; the others shuffle
 SAMPLE = 25_000  # distinct expert sets searched at first; a random sample of 20k is nearly as good as 100k
 STEPS, PATIENCE = 600, 150  # swaps of one exact search, and swaps without a new best that end it
 STALL = 40  # rounds without a new best after which to stop, unless rounds are asked for
-SAMPLE_STALL, FINAL_STALL = 12, 4  # the same on a sample, and on all tokens after it
+SAMPLE_STALL, FINAL_STALL = 12, 4  # the same with more sets than SAMPLE, and on all tokens after a sample
 
 OUT_OF_TIME = "time ran out before the search: a quick arrangement is returned"
 
@@ -133,7 +133,7 @@ def search(
                 return best.occupant, 0
             if elite.add(_searched(small, begin, rng)):
                 best.offer(_polished(layer, small, elite.members[0][1], rng))
-    patience = STALL if small is layer else SAMPLE_STALL
+    patience = STALL if len(layer.distinct[0]) <= SAMPLE else SAMPLE_STALL
     rounds = _rounds(layer, small, elite, best, patience, 0, rng, clock)
     if small is not layer and clock.allows(rounds):
         whole = _Elite(layer, met if met is not None else [])
