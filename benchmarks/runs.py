@@ -27,6 +27,7 @@ from benchmarks.instances import ROOT, Instance
 from placer import Budget, Placement, Problem, Report, Trace, evaluate, solve
 from placer.errors import InvalidInput
 from placer.search import descend
+from placer.solution import with_margin
 from placer.solvers import method as load_method
 from placer.topology import REPORTED
 
@@ -166,6 +167,7 @@ def _place(
     if not method.endswith(DESCENT):
         return result.placement, result.rounds, result.seconds
     begun = time.perf_counter()
+    problem = with_margin(problem, jobs=jobs)
     rows = joblib.Parallel(n_jobs=jobs, prefer="threads")(
         joblib.delayed(_descended)(problem, index, slots, seed)
         for index, slots in enumerate(result.placement.physical_to_logical)

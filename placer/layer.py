@@ -46,8 +46,8 @@ class Layer:
         Dispatch rule that scores copies.
     max_load : float or None
         Largest load of a unit over the mean, before the margin; None for no cap.
-    margin : float or "auto"
-        How much the cap is tightened inside the search; "auto" estimates it by `placer.caps.margin`.
+    margin : float
+        How much the cap is tightened inside the search.
     load : (num_experts,) int64
         Tokens that use each expert.
     pair_counts : (num_experts, num_experts) int64, optional
@@ -69,7 +69,7 @@ class Layer:
     server_ranks: int
     rule: str
     max_load: float | None
-    margin: float | str
+    margin: float
     load: Ints
     pair_counts: Ints | None = None
     topk: Experts | None = None
@@ -166,10 +166,9 @@ class Layer:
             return np.pad(self.pair_counts, ((0, spare), (0, spare)))
         from placer.search.counting import count_pairs
 
-        sets, count = self.distinct
+        tokens = self.tokens
         table = np.zeros((self.num_slots, self.num_slots), np.int64)
-        if len(sets):
-            count_pairs(sets, count, (0,) * sets.shape[1], table.reshape(-1))
+        count_pairs(tokens, np.ones(len(tokens), np.int64), (0,) * tokens.shape[1], table.reshape(-1))
         return table + table.T
 
     @cached_property
@@ -201,7 +200,7 @@ class Layer:
             return self
         keep = np.zeros(len(self.tokens), bool)
         keep[::stride] = True
-        return replace(self._part(keep), margin=self.margin_value)
+        return replace(self._part(keep), margin=self.margin)
 
     def _part(self, keep: npt.NDArray[np.bool_]) -> Layer:
         key = None if self.key is None else self.key[keep]
@@ -216,27 +215,28 @@ class Layer:
 
         With counts only, copies share an expert's load evenly and the seconds are 0.
         """
-        over = sum(
-            float(np.maximum(load - cap, 0.0).sum())
-            for load, cap in zip(self._loads(slots), self.caps, strict=True)
-        )
-        if self.topk is None:
-            return round(over, 6), 0.0
-        return round(over, 6), float(self._counts(slots).remote.sum(axis=1) @ np.array(self.seconds))
+        return self.judge(slots)[:2]
 
-    def heat(self, slots: Occupant) -> float:
-        """Load over mean of the busiest unit, at the worst of the levels that placement can change; 1 without load."""
-        rows = [load for level, load in enumerate(self._loads(slots)) if level in self.levels]
-        return max((float(row.max() / row.mean()) for row in rows if row.any()), default=1.0)
-
-    def _loads(self, slots: Occupant) -> list[Floats]:
-        """Load of every unit, level by level; with counts only, copies share an expert's load evenly."""
+    def judge(self, slots: Occupant) -> tuple[float, float, float]:
+        """`score`, and load over mean of the busiest unit at the worst level that placement can change, or 1."""
         if self.topk is not None:
-            load = self._counts(slots).load
-            return [row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)]
-        copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
-        share = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
-        return [share.reshape(-1, width).sum(axis=1) for width in self.unit_slots]
+            counts = self._counts(slots)
+            loads = [
+                row[: self.num_slots // width]
+                for row, width in zip(counts.load, self.unit_slots, strict=True)
+            ]
+            seconds = float(counts.remote.sum(axis=1) @ np.array(self.seconds))
+        else:
+            copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
+            share = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
+            loads = [share.reshape(-1, width).sum(axis=1) for width in self.unit_slots]
+            seconds = 0.0
+        over = sum(
+            float(np.maximum(load - cap, 0.0).sum()) for load, cap in zip(loads, self.caps, strict=True)
+        )
+        swappable = [loads[level] for level in self.levels if loads[level].any()]
+        heat = max((float(load.max() / load.mean()) for load in swappable), default=1.0)
+        return round(over, 6), seconds, heat
 
     def _counts(self, slots: Occupant) -> Incidence:
         return incidence(
@@ -250,8 +250,11 @@ class Layer:
         )
 
     def cost(self, occupant: Occupant) -> float:
-        """Seconds of all tokens for an occupant array."""
-        return self.score(self.slots(occupant))[1]
+        """Seconds of all tokens for an occupant array; unlike `score`, without copies."""
+        from placer.search.counting import sum_touched
+
+        units = (self.positions(occupant) // self.sizes[:, None]).astype(np.int32)
+        return self.cost_of(sum_touched(self.tokens, units, self.weights_of_levels))
 
     def excess(self, occupant: Occupant) -> float:
         """Load above the caps for an occupant array, tokens summed over units and levels."""
@@ -283,17 +286,10 @@ class Layer:
         arranged: Occupant = balanced(self.expert_load, sizes)
         return arranged
 
-    @cached_property
+    @property
     def cap_factor(self) -> float | None:
         """Largest load over mean that the search allows itself: `max_load` less the margin."""
-        return None if self.max_load is None else self.max_load - self.margin_value
-
-    @cached_property
-    def margin_value(self) -> float:
-        """The margin as a number, estimated where it is "auto"."""
-        from placer.caps import margin
-
-        return margin(self) if self.margin == "auto" else float(self.margin)
+        return None if self.max_load is None else self.max_load - self.margin
 
     @cached_property
     def caps(self) -> Floats:

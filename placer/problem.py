@@ -220,7 +220,7 @@ class Problem:
             server_ranks=self.topology.unit_sizes[self.topology.index("server")],
             rule=self.replica_choice,
             max_load=self.max_load,
-            margin=self.load_margin,
+            margin=0.0 if self.load_margin == "auto" else float(self.load_margin),
             load=self.traffic.load[index],
             pair_counts=None if self.traffic.pairs is None else self.traffic.pairs[index],
             topk=topk,

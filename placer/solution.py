@@ -26,6 +26,7 @@ Slots = npt.NDArray[np.int32]
 
 SCHEMA = "placer/result/1"
 OBJECTIVE_UNIT = "seconds per token"
+MARGIN_LAYERS = 16  # layers that the automatic load margin is estimated from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +201,12 @@ def solve(
     begun = time.monotonic()
     clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, gap=budget.gap, stop=stop)
     workers = min(jobs, problem.num_layers)
+    settled = with_margin(problem, clock=clock, jobs=workers) if "caps" in chosen.handles else problem
     run = joblib.Parallel(
         n_jobs=workers, prefer="threads", return_as="generator_unordered", pre_dispatch=workers, batch_size=1
     )
     tasks = (
-        joblib.delayed(_place)(problem.layer(index), method, seed, share, starts[index])
+        joblib.delayed(_place)(settled.layer(index), method, seed, share, starts[index])
         for index, share in enumerate(_shares(clock, problem.num_layers, workers))
     )
     log = _Log(problem, method, begun)
@@ -215,7 +217,46 @@ def solve(
             on_event(log.event(part))
     if len(done) < problem.num_layers:
         raise NoPlacement("stopped before every layer had a placement")
-    return _result(problem, method, seed, [done[i] for i in range(problem.num_layers)], clock, begun)
+    result = _result(settled, method, seed, [done[i] for i in range(problem.num_layers)], clock, begun)
+    if settled.load_margin == problem.load_margin or problem.max_load is None:
+        return result
+    note = f"load margin auto: caps tightened by {settled.load_margin:.3f}, as far as packing by load alone allows"
+    return replace(result, notes=(*result.notes, note))
+
+
+def with_margin(problem: Problem, *, clock: Clock | None = None, jobs: int = 1) -> Problem:
+    """The problem with its automatic load margin as a number, the same for all layers (see `placer.caps.margin`).
+
+    It is estimated from up to `MARGIN_LAYERS` layers; without a cap, without tokens or out of time it is 0.
+
+    Examples
+    --------
+    >>> from placer import Problem, Topology, Trace
+    >>> trace = Trace(topk_idx=np.arange(8).reshape(8, 1, 1), num_experts=8)
+    >>> problem = Problem.from_trace(trace, Topology.load("dgx-h100").with_shape("1x2x1"), max_load=None)
+    >>> with_margin(problem).load_margin
+    0.0
+    """
+    import joblib
+
+    if problem.load_margin != "auto":
+        return problem
+    if problem.max_load is None or problem.routes is None:
+        return replace(problem, load_margin=0.0)
+    clock = clock or Clock.start()
+    number = min(problem.num_layers, MARGIN_LAYERS)
+    spread = np.linspace(0, problem.num_layers - 1, number).round().astype(int).tolist()
+    layers = [problem.layer(index) for index in spread]
+
+    def estimate(layer: Layer, factor: float) -> float | None:
+        return None if clock.expired else caps.overshoot(layer, factor)
+
+    def mean_overshoot(factor: float) -> float:
+        run = joblib.Parallel(n_jobs=min(jobs, number), prefer="threads")
+        known = [o for o in run(joblib.delayed(estimate)(layer, factor) for layer in layers) if o is not None]
+        return float(np.mean(known)) if known else 0.0
+
+    return replace(problem, load_margin=caps.margin(problem.max_load, mean_overshoot))
 
 
 def baseline_placement(problem: Problem) -> Placement:
@@ -242,14 +283,13 @@ class _Done:
     linear_cost: float
     cost: float
     heat: float
-    margin: float | None
     raised: list[dict[str, Any]]
 
 
 def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None) -> _Done:
     rng = np.random.default_rng([seed, layer.index])
     placed = method(name).place(layer, rng=rng, clock=clock, initial=initial)
-    excess, cost = layer.score(placed.slots)
+    excess, cost, heat = layer.judge(placed.slots)
     if placed.claim is not None and not math.isclose(placed.claim, cost, rel_tol=1e-9, abs_tol=1e-18):
         raise PlacerError(
             f"layer {layer.index}: method {name} claims a cost of {placed.claim!r}, scored {cost!r}"
@@ -260,15 +300,13 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
         )
     if initial is not None and layer.score(initial) < (excess, cost):
         placed = replace(placed, slots=initial)
-        excess, cost = layer.score(initial)
-    estimated = layer.max_load is not None and layer.margin == "auto" and "caps" in method(name).handles
+        excess, cost, heat = layer.judge(initial)
     return _Done(
         index=layer.index,
         placed=placed,
         linear_cost=layer.score(linear.place(layer, rng=rng, clock=clock).slots)[1],
         cost=cost,
-        heat=layer.heat(placed.slots),
-        margin=layer.margin_value if estimated else None,
+        heat=heat,
         raised=caps.raised(layer),
     )
 
@@ -393,19 +431,13 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
 
 
 def _notes(done: list[_Done]) -> Iterator[str]:
-    """What methods decided, with the layers it concerns, and the margins that were estimated."""
+    """What methods decided, with the layers it concerns."""
     layers: dict[str, int] = {}
     for part in done:
         for note in part.placed.notes:
             layers[note] = layers.get(note, 0) + 1
     for note, count in layers.items():
         yield f"{note} ({count} of {len(done)} layers)"
-    margins = [part.margin for part in done if part.margin is not None]
-    if margins:
-        yield (
-            f"load margin auto: caps tightened by {np.mean(margins):.3f} on average, "
-            "as far as packing by load alone allows"
-        )
 
 
 def _provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:

@@ -125,6 +125,31 @@ def expect_touched(
 
 
 @kernel
+def sum_touched(tokens, unit_of_expert, level_weight):
+    """Touched units of all tokens, weighted by level; one copy of each expert.
+
+    Parameters: tokens (n, top_k) integer, -1 dropped; unit_of_expert (levels, E) int32; level_weight (levels,)
+    float64.
+    """
+    levels = unit_of_expert.shape[0]
+    seen = np.full((levels, unit_of_expert.shape[1]), -1, np.int32)
+    touched = np.zeros(levels, np.int64)
+    for t in range(tokens.shape[0]):
+        for j in range(tokens.shape[1]):
+            e = tokens[t, j]
+            if e < 0:
+                continue
+            for level in range(levels):
+                u = unit_of_expert[level, e]
+                touched[level] += seen[level, u] != t  # no branch: it could not be predicted
+                seen[level, u] = t
+    total = 0.0
+    for level in range(levels):
+        total += level_weight[level] * touched[level]
+    return total
+
+
+@kernel
 def count_covered(sets, weights, contents):
     """Weight of the sets that meet each content; both are bit masks, (n, words) and (c, words) uint64."""
     covered = np.zeros(contents.shape[0], np.int64)

@@ -53,7 +53,7 @@ def place(
         if tabu.quality(layer, found) < key:
             best, key, stalled = found, tabu.quality(layer, found), 0
         current = best
-    return Placed(slots=layer.slots(best), claim=tabu.claim(layer, best), rounds=rounds)
+    return Placed(slots=layer.slots(best), claim=layer.cost(best), rounds=rounds)
 
 
 def annealed(layer: Layer, start: Occupant, hot: float, rng: np.random.Generator) -> Occupant:

@@ -45,12 +45,12 @@ def place(
     met: list[Occupant] = []
     best, rounds = tabu.search(layer, best, rng=rng, clock=clock, met=met)
     if clock.expired:
-        return Placed(slots=layer.slots(best), claim=tabu.claim(layer, best), rounds=rounds)
+        return Placed(slots=layer.slots(best), claim=layer.cost(best), rounds=rounds)
     found, bound = recombined(layer, best, met, clock)
     best = min(found, best, key=lambda option: tabu.quality(layer, option))
     return Placed(
         slots=layer.slots(best),
-        claim=tabu.claim(layer, best),
+        claim=layer.cost(best),
         bound=bound,
         bound_method=None if bound is None else "set partition over all contents",
         rounds=rounds,

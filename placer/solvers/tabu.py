@@ -16,6 +16,8 @@ Evolutionary Algorithms for Graph Coloring", 1999, doi:10.1023/A:1009823419804.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -33,6 +35,8 @@ ELITE = 8  # starts that go on to the exact search
 CROSSED = 0.5  # share of rounds that cross two of the elite; the others shuffle one
 SAMPLE = 25_000  # distinct expert sets searched at first; a random sample of 20k is nearly as good as 100k
 STEPS, PATIENCE = 600, 150  # swaps of one exact search, and swaps without a new best that end it
+PAIR_STEPS, PAIR_PATIENCE = 300, 50  # the same on pairs, from every start
+QUICK = 15  # the same, for the first exact search from every start
 STALL = 40  # rounds without a new best after which to stop, unless rounds are asked for
 SAMPLE_STALL, FINAL_STALL = 12, 4  # the same with more sets than SAMPLE, and on all tokens after a sample
 
@@ -54,7 +58,7 @@ def place(
     if kept is not None:
         return kept
     best, rounds = search(layer, start, rng=rng, clock=clock)
-    return Placed(slots=layer.slots(best), claim=claim(layer, best), rounds=rounds)
+    return Placed(slots=layer.slots(best), claim=layer.cost(best), rounds=rounds)
 
 
 def contiguous(layer: Layer, rng: np.random.Generator) -> Placed | None:
@@ -84,15 +88,6 @@ def quality(layer: Layer, occupant: Occupant) -> Key:
     return layer.excess(occupant), layer.cost(occupant)
 
 
-def claim(layer: Layer, occupant: Occupant) -> float:
-    """Cost of an arrangement as the compiled tables count it from scratch."""
-    from placer.search.tabu import build_exact
-
-    sets, count = layer.distinct
-    units = layer.num_slots // int(layer.sizes[0])
-    return layer.cost_of(build_exact(sets, count, occupant, layer.sizes, layer.weights_of_levels, units)[3])
-
-
 def searching_pays(layer: Layer, rng: np.random.Generator) -> bool:
     """Whether a search on one half of the sequences beats contiguous experts on the other half."""
     if layer.key is None or len(layer.key) < 2:
@@ -101,7 +96,7 @@ def searching_pays(layer: Layer, rng: np.random.Generator) -> bool:
     linear = layer.linear()
     bar = unseen.cost(linear)
     for start in (linear, random_start(layer, rng)):
-        found, _ = descend(fit, start, exact=False, rng=rng)
+        found, _ = descend(fit, start, exact=False, steps=PAIR_STEPS, patience=PAIR_PATIENCE, rng=rng)
         if unseen.cost(found) < bar:
             return True
         found, _ = descend(fit, found, exact=True, rng=rng)
@@ -125,14 +120,17 @@ def search(
     small = layer.sample(SAMPLE)
     elite = _Elite(small, met if small is layer and met is not None else [])
     best = _Best(layer, start)
-    begins = [start, layer.linear(), layer.reference, *hierarchical(layer, rng), random_start(layer, rng)]
-    many = [random_start(layer, rng) for _ in range(RANDOM_STARTS)]
-    for batch, number in ((begins, 1), (many, ELITE - 1)):  # a first result soon, then the others
-        for begin in _arranged_by_pairs(small, batch, rng, clock)[:number]:
-            if clock.expired and elite.members:
-                return best.occupant, 0
-            if elite.add(_searched(small, begin, rng)):
-                best.offer(_polished(layer, small, elite.members[0][1], rng))
+    for begin in _arranged_by_pairs(small, _starts(layer, small, start, rng), rng, clock):
+        if clock.expired and elite.members:
+            return best.occupant, 0
+        arranged, _ = descend(small, begin, exact=True, steps=STEPS, patience=QUICK, rng=rng)
+        if elite.add(arranged):
+            best.offer(_polished(layer, small, arranged, rng))
+    for _, member in tuple(elite.members):
+        if clock.expired:
+            return best.occupant, 0
+        if elite.add(_searched(small, member, rng)):
+            best.offer(_polished(layer, small, elite.members[0][1], rng))
     patience = STALL if len(layer.distinct[0]) <= SAMPLE else SAMPLE_STALL
     rounds = _rounds(layer, small, elite, best, patience, 0, rng, clock)
     if small is not layer and clock.allows(rounds):
@@ -146,15 +144,23 @@ def search(
     return best.occupant, rounds
 
 
+def _starts(layer: Layer, small: Layer, start: Occupant, rng: np.random.Generator) -> Iterator[Occupant]:
+    """What to begin from: given, contiguous, load-only, one level at a time, random."""
+    yield from (start, layer.linear(), layer.reference)
+    yield from hierarchical(small, rng)
+    for _ in range(RANDOM_STARTS):
+        yield random_start(layer, rng)
+
+
 def _arranged_by_pairs(
-    layer: Layer, starts: list[Occupant], rng: np.random.Generator, clock: Clock
+    layer: Layer, starts: Iterator[Occupant], rng: np.random.Generator, clock: Clock
 ) -> list[Occupant]:
     """The starts after tabu search on pairs, the best first; at least one."""
     found: list[tuple[Key, int, Occupant]] = []
     for number, begin in enumerate(starts):
         if clock.expired and found:
             break
-        arranged, _ = descend(layer, begin, exact=False, rng=rng)
+        arranged, _ = descend(layer, begin, exact=False, steps=PAIR_STEPS, patience=PAIR_PATIENCE, rng=rng)
         found.append((quality(layer, arranged), number, arranged))
     return [arranged for _, _, arranged in sorted(found, key=lambda entry: entry[:2])]
 
