@@ -65,6 +65,7 @@ class Instance:
     max_load: float | None
     load_margin: float | str
     time_limit: float
+    skip: tuple[str, ...] = ()  # methods that `run --targets` leaves out here, as GLOBs
 
     def problem(self, trace: Trace) -> Problem:
         """The problem of fitting to `trace`."""
@@ -80,12 +81,13 @@ class Instance:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A number of `auto` on an instance that must be `at_most` so much, or a share `of_linear` of linear's."""
+    """A number of `auto` that must be `at_most` so much, a share `of_linear` of linear's, or at most those `below`."""
 
     instance: str
     measure: str
     at_most: float | None = None
     of_linear: float | None = None
+    below: tuple[str, ...] = ()
 
 
 def read(path: Path = SHIPPED) -> tuple[list[Instance], list[Target]]:
@@ -106,7 +108,10 @@ def read(path: Path = SHIPPED) -> tuple[list[Instance], list[Target]]:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         sources = {name: Source(**table) for name, table in document["traces"].items()}
         instances = [i for table in document["instances"] for i in _instances(dict(table), sources)]
-        targets = [Target(**table) for table in document.get("targets", [])]
+        targets = [
+            Target(**{**table, "below": tuple(table.get("below", ()))})
+            for table in document.get("targets", [])
+        ]
     except OSError as error:
         raise InvalidInput(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, TypeError) as error:
@@ -148,6 +153,7 @@ def _instances(table: dict[str, Any], sources: dict[str, Source]) -> list[Instan
     common |= table | {
         "fit": _part(table.get("fit", {})),
         "unseen": None if unseen is None else _part(unseen),
+        "skip": tuple(table.get("skip", ())),
     }
     found = []
     for cap in caps:

@@ -35,7 +35,14 @@ METHODS = (
     "tabu",
     tables.CHAMPION,
 )
-TARGET_METHODS = (tables.BASELINE, tables.CHAMPION)
+PEERS = ("metis+descent", "kahip+descent", "mtkahypar+descent")
+TARGET_METHODS = (
+    tables.BASELINE,
+    *PEERS,
+    tables.CHAMPION,
+    *(f"{tables.CHAMPION}{runs.RACE}{peer}" for peer in PEERS),
+    f"{tables.CHAMPION}{runs.RACE}{PEERS[-1]}/5",
+)
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -75,7 +82,7 @@ def main() -> None:
 @shared
 @click.option("--traces", type=_FOLDER, envvar="PLACER_TRACES", help="Folder with traces from elsewhere.")
 @click.option("--cache", type=_FOLDER, default=CACHE, show_default=True, help="Folder for synthetic traces.")
-@click.option("--method", "methods", multiple=True, help="NAME or NAME+descent; repeat.")
+@click.option("--method", "methods", multiple=True, help="NAME, NAME+descent or NAME@OTHER[/N]; repeat.")
 @click.option("--seeds", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--time-limit", type=float, help="Seconds a run; by default the instance's own.")
 @click.option("--rounds", type=click.IntRange(0), help="Rounds a layer, so that runs repeat exactly.")
@@ -103,7 +110,7 @@ def run(
     instances, targets = _chosen(book, wanted, targets_only)
     methods = methods or (TARGET_METHODS if targets_only else METHODS)
     for method in methods:
-        if method.removesuffix(runs.DESCENT) not in names():
+        if method.partition(runs.RACE)[0].removesuffix(runs.DESCENT) not in names():
             raise InvalidInput(f"unknown method {method!r}; {nearest(method, names())}")
     jobs = jobs or int(joblib.cpu_count())
     done = set() if again else {row["key"] for row in runs.read(rows)}
@@ -115,8 +122,15 @@ def run(
             continue
         budget = Budget(seconds=instance.time_limit if time_limit is None else time_limit, rounds=rounds)
         for method in methods:
+            if targets_only and any(fnmatchcase(method, glob) for glob in instance.skip):
+                continue
             for seed in range(seeds):
-                question = (instance, fit, unseen, method, seed, budget, jobs)
+                try:
+                    own = runs.race_budget(runs.read(rows), instance.name, method, seed, budget)
+                except InvalidInput as error:
+                    click.echo(f"{instance.name} {method} skipped: {error}", err=True)
+                    break
+                question = (instance, fit, unseen, method, seed, own, jobs)
                 if runs.key_of(*question) in done:
                     click.echo(f"{instance.name} {method} seed {seed}: there already", err=True)
                     continue

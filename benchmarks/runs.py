@@ -10,7 +10,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -34,6 +34,7 @@ from placer.topology import REPORTED
 Row = Mapping[str, Any]
 
 DESCENT = "+descent"
+RACE = "@"  # in a method's name: in the time of another, as in auto@metis+descent or auto@mtkahypar+descent/5
 PATIENCE = {
     False: 1,
     True: 30,
@@ -69,7 +70,8 @@ def measure(
     fit, unseen : Trace
         Tokens to solve for, and others (None for no others) to score only.
     method : str
-        A method's name, or ``NAME+descent``: the method, then exact swap descent within the caps.
+        A method's name, or ``NAME+descent``: the method, then exact swap descent within the caps. What follows
+        an ``@`` only says where the budget comes from.
 
     Returns
     -------
@@ -77,12 +79,13 @@ def measure(
     during both with the trace in memory, scores as in `placer.Report`, ``cost`` as in `placer.Result.objective`.
     """
     sample = fit.select(slice(None, None, max(1, fit.num_tokens // _WARM_TOKENS))).layers(slice(0, 1))
-    _place(instance.problem(sample), method, seed, Budget(seconds=5, rounds=1), 1)
+    plain = method.partition(RACE)[0]
+    _place(instance.problem(sample), plain, seed, Budget(seconds=5, rounds=1), 1)
     _reset_peak()
     begun = time.perf_counter()
     problem = instance.problem(fit)
     prepared = time.perf_counter() - begun
-    placement, rounds, seconds = _place(problem, method, seed, budget, jobs)
+    placement, rounds, seconds = _place(problem, plain, seed, budget, jobs)
     peak = _peak_bytes()
     return {
         "key": key_of(instance, fit, unseen, method, seed, budget, jobs),
@@ -90,7 +93,7 @@ def measure(
         "method": method,
         "seed": seed,
         "max_load": instance.max_load,
-        "keeps_caps": method.endswith(DESCENT) or "caps" in load_method(method).handles,
+        "keeps_caps": plain.endswith(DESCENT) or "caps" in load_method(plain).handles,
         "fitted": _scores(problem, placement, fit),
         "unseen": None if unseen is None else _scores(problem, placement, unseen),
         "seconds": seconds,
@@ -132,6 +135,32 @@ def append(path: Path, row: Row) -> None:
     """Add a row to a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def race_budget(rows: Sequence[Row], instance: str, method: str, seed: int, budget: Budget) -> Budget:
+    """The budget of a method: its own, or for ``NAME@OTHER[/N]`` the seconds of OTHER's newest run, or a part of them.
+
+    Raises
+    ------
+    InvalidInput
+        When OTHER has no run on this instance.
+
+    Examples
+    --------
+    >>> rows = [{"instance": "a", "method": "metis", "seed": 0, "seconds": 3.0}]
+    >>> race_budget(rows, "a", "auto@metis/2", 0, Budget()).seconds
+    1.5
+    """
+    _, race, other = method.partition(RACE)
+    if not race:
+        return budget
+    other, _, part = other.partition("/")
+    seconds = [
+        r["seconds"] for r in rows if (r["instance"], r["method"], r["seed"]) == (instance, other, seed)
+    ]
+    if not seconds:
+        raise InvalidInput(f"found no run of {other} with seed {seed} on {instance}, expected one to race")
+    return replace(budget, seconds=seconds[-1] / float(part or 1))
 
 
 @cache

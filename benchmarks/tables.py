@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.instances import Target
-from benchmarks.runs import Row
+from benchmarks.runs import RACE, Row
 from placer.table import aligned
 
 Runs = dict[str, dict[str, list[Row]]]  # by instance, then method; a row for each seed
@@ -80,16 +80,15 @@ def duel(runs: Runs, other: str, part: str) -> tuple[int, int, int]:
             ours, theirs = champions.get(row["seed"], math.nan), value(row, f"{part}.cost")
             if math.isnan(ours) or math.isnan(theirs) or (row["max_load"] and not row["keeps_caps"]):
                 continue
-            lead = theirs - ours
-            tied = abs(lead) <= TIE * max(ours, theirs)
-            score["tie" if tied else "win" if lead > 0 else "loss"] += 1
+            score[_outcome(ours, theirs)] += 1
     return score["win"], score["tie"], score["loss"]
 
 
 def summary(runs: Runs) -> str:
     """A table for every instance: traffic, load and time of the methods; then `auto` against each of them."""
     blocks = [_instance(name, methods) for name, methods in runs.items()]
-    others = list(dict.fromkeys(m for methods in runs.values() for m in methods if m != CHAMPION))
+    names = dict.fromkeys(m for methods in runs.values() for m in methods)
+    others = [name for name in names if name != CHAMPION and RACE not in name]
     if any(CHAMPION in methods for methods in runs.values()) and others:
         lines = [
             [other, _score(duel(runs, other, "fitted")), _score(duel(runs, other, "unseen"))]
@@ -117,13 +116,66 @@ def targets_table(runs: Runs, targets: Sequence[Target]) -> str:
         linear = _mean(methods.get(BASELINE, []), target.measure)
         rows = methods.get(CHAMPION, [])
         reached = _mean(rows, target.measure)
-        limit = target.at_most if target.at_most is not None else (target.of_linear or 0.0) * linear
+        peers = [_mean(methods.get(peer, []), target.measure) for peer in target.below]
+        limit = min(peers, default=(target.of_linear or 0.0) * linear)
+        limit = limit if target.at_most is None else target.at_most
         load = _both(rows, "load.server.max_over_mean") if rows else None
         seconds = _number(_mean(rows, "seconds"))
         met = "not run" if math.isnan(reached) or math.isnan(limit) else "yes" if reached <= limit else "no"
         cells = [_number(linear), _number(limit), _number(reached), load, seconds, met]
         lines.append([target.instance, target.measure, *cells])
     return aligned(header, lines, left=(0, 1))
+
+
+def races(runs: Runs) -> str:
+    """Every ``NAME@OTHER`` beside OTHER: both times, traffic and weighted cost, and who costs less, seed by seed."""
+    header = [
+        "instance",
+        "method",
+        "seconds",
+        "against",
+        "seconds",
+        "touched.server",
+        "against",
+        "cost",
+        "w / t / l",
+    ]
+    lines: list[list[str | None]] = []
+    total = Counter[str]()
+    for name, methods in runs.items():
+        for method, rows in methods.items():
+            other = method.partition(RACE)[2].partition("/")[0]
+            theirs = {row["seed"]: row for row in methods.get(other, [])}
+            met = [(row, theirs[row["seed"]]) for row in rows if row["seed"] in theirs]
+            if not met:
+                continue
+            score = Counter(_outcome(value(a, "fitted.cost"), value(b, "fitted.cost")) for a, b in met)
+            total += score
+            ours, others = ([pair[side] for pair in met] for side in (0, 1))
+            change = 100.0 * (_mean(ours, "fitted.cost") / _mean(others, "fitted.cost") - 1.0)
+            lines.append(
+                [
+                    name,
+                    method,
+                    f"{_mean(ours, 'seconds'):.2f}",
+                    other,
+                    f"{_mean(others, 'seconds'):.2f}",
+                    _both(ours, "touched.server"),
+                    _both(others, "touched.server"),
+                    f"{change:+.2f} %",
+                    " / ".join(str(score[what]) for what in ("win", "tie", "loss")),
+                ]
+            )
+    if not lines:
+        return "no runs"
+    summed = " / ".join(str(total[what]) for what in ("win", "tie", "loss"))
+    lines.append(["all", *[None] * (len(header) - 2), summed])
+    return aligned(header, lines, left=(0, 1, 3))
+
+
+def _outcome(ours: float, theirs: float) -> str:
+    tied = abs(theirs - ours) <= TIE * max(ours, theirs)
+    return "tie" if tied else "win" if theirs > ours else "loss"
 
 
 def provenance(runs: Runs) -> str:
@@ -166,7 +218,9 @@ def _instance(name: str, methods: dict[str, list[Row]]) -> str:
                 *(_load(rows, level) for level in ("gpu", "server", "rack")),
                 None if math.isnan(cost) else f"{cost:+.2f} %",
                 f"{_mean(rows, 'seconds'):.2f}",
-                None if method == CHAMPION else _score(duel({name: methods}, method, "fitted")),
+                None
+                if method.partition(RACE)[0] == CHAMPION
+                else _score(duel({name: methods}, method, "fitted")),
             ]
         )
     return f"{name}\n{aligned(header, lines)}"

@@ -220,7 +220,7 @@ def solve(
     result = _result(settled, method, seed, [done[i] for i in range(problem.num_layers)], clock, begun)
     if settled.load_margin == problem.load_margin or problem.max_load is None:
         return result
-    note = f"load margin auto: caps tightened by {settled.load_margin:.3f}, as far as packing by load alone allows"
+    note = f"load margin auto: caps tightened by {settled.load_margin:.3f} for the sake of unseen tokens"
     return replace(result, notes=(*result.notes, note))
 
 

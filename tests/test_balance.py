@@ -254,11 +254,12 @@ def test_a_margin_leaves_the_tolerance_and_is_made_twice() -> None:
 
     def mean_overshoot(factor: float) -> float:
         asked.append(factor)
-        return 0.05
+        return 0.04
 
-    assert caps.margin(1.05, mean_overshoot) == pytest.approx(0.05 - caps.TOLERANCE)
-    assert asked == pytest.approx([1.05, 1.05 - 0.05 + caps.TOLERANCE])
+    assert caps.margin(1.05, mean_overshoot) == pytest.approx(0.04 - caps.TOLERANCE)
+    assert asked == pytest.approx([1.05, 1.05 - 0.04 + caps.TOLERANCE])
     assert caps.margin(1.05, lambda factor: 0.0) == 0.0
+    assert caps.margin(1.05, lambda factor: 0.5) == pytest.approx(0.025)
 
 
 def test_one_margin_for_all_layers_is_settled_once() -> None:

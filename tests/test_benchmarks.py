@@ -110,6 +110,28 @@ def test_descent_lowers_the_cost(tmp_path: Path) -> None:
     assert costs["lpt+descent"] < costs["lpt"]
 
 
+def test_a_race_has_the_seconds_of_the_other_method(tmp_path: Path) -> None:
+    words = ["--instance", "small/none", "--method", "auto@lpt+descent/2", "--method", "auto@metis"]
+    assert "auto@metis skipped: found no run of metis with seed 0" in run(tmp_path, *words)
+    rows = {row["method"]: row for row in runs.read(tmp_path / "rows.jsonl") if row["seed"] == 1}
+    raced = rows["auto@lpt+descent/2"]
+    assert raced["budget"]["seconds"] == rows["lpt+descent"]["seconds"] / 2
+    table = tables.races(tables.latest(runs.read(tmp_path / "rows.jsonl"))).splitlines()
+    assert table[1].split()[:2] == ["small/none", "auto@lpt+descent/2"]
+    assert sum(map(int, table[-1].split()[-5::2])) == 2
+
+
+def test_a_target_may_be_the_best_of_the_peers() -> None:
+    def row(method: str, cost: float) -> runs.Row:
+        return {"method": method, "seed": 0, "seconds": 1.0, "fitted": {"cost": cost}, "unseen": None}
+
+    target = instances.Target(instance="a", measure="fitted.cost", below=("x", "y"))
+    found = {"a": {"auto": [row("auto", 2.0)], "x": [row("x", 3.0)], "y": [row("y", 1.5)]}}
+    assert tables.targets_table(found, [target]).split()[-1] == "no"
+    found["a"]["y"] = [row("y", 2.0)]
+    assert tables.targets_table(found, [target]).split()[-1] == "yes"
+
+
 def test_a_row_of_another_code_is_not_the_same_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run(tmp_path, "--instance", "small/none")
     monkeypatch.setattr(runs, "code", lambda: "another")
