@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Background": "background",
     "Budget": "solution",
     "Level": "topology",
     "Model": "model",

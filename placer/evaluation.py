@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from placer.alltoall import scheme
+from placer.background import Background
+from placer.census import census
 from placer.errors import InvalidInput
-from placer.incidence import incidence
+from placer.flows import Floats
+from placer.homes import homes as homes_of
 from placer.memory import worst_gpu_bytes
 from placer.model import ASSUMED, Model
 from placer.placement import REPLICA_CHOICES, Placement, format_shape
 from placer.problem import DEFAULT_RESERVE
 from placer.report import Report
-from placer.timing import GEMM_EFFICIENCY, compute_seconds, phase_seconds
+from placer.step import Step
+from placer.timing import GEMM_EFFICIENCY
 from placer.topology import REPORTED, Topology
 from placer.trace import Trace
 
 #: Tokens of one step on each GPU: the batch of DeepEP's published prefill measurements.
 TOKENS_PER_GPU = 4096
+PASSES = ("forward", "training")
 
 
 def evaluate(
@@ -29,10 +33,16 @@ def evaluate(
     model: Model | None = None,
     alltoall: str = "hierarchical",
     replica_choice: str | None = None,
+    homes: str = "uniform",
     gpu_memory: float | None = None,
     reserve: float = DEFAULT_RESERVE,
     expert_dtype: str | None = None,
     tokens_per_gpu: int = TOKENS_PER_GPU,
+    passes: str = "forward",
+    capacity_factor: float | None = None,
+    padded: bool = False,
+    background: Background | None = None,
+    seed: int = 0,
 ) -> Report:
     """Price a placement on a trace.
 
@@ -45,16 +55,29 @@ def evaluate(
         Given the placement's shape; of its own shape when the two agree.
     model : Model, optional
         Sizes; by default the one the trace names.
-    alltoall : {"hierarchical", "naive"}
-        Which vectors cross which links.
+    alltoall : str
+        Which vectors cross which links: a name from `placer.alltoall.SCHEMES`.
     replica_choice : str, optional
         Dispatch rule; by default the one the placement was made for.
+    homes : {"uniform", "trace", "sticky"}
+        Where tokens live, see `placer.homes.homes`.
     gpu_memory, reserve : float
         Bytes of a GPU (the topology's by default), and bytes of it that experts may not use.
     expert_dtype : str, optional
         Storage of expert weights; by default the model's own.
     tokens_per_gpu : int
         Tokens of one step on each GPU, for the seconds.
+    passes : {"forward", "training"}
+        ``training`` adds the backward pass: it mirrors dispatch and combine and computes twice as much.
+    capacity_factor : float, optional
+        Choices above this many times an expert's even share of a step are dropped: the report says how many,
+        compute shrinks; traffic is priced as if none were.
+    padded : bool
+        Buffers are padded to the hottest rank, so every link is as busy as the busiest.
+    background : Background, optional
+        Other traffic on the same links during each phase.
+    seed : int
+        Deals sequences to ranks when homes are sticky.
 
     Returns
     -------
@@ -87,69 +110,78 @@ def evaluate(
         raise InvalidInput(f"replica choice: found {rule!r}, expected one of {', '.join(REPLICA_CHOICES)}")
     if tokens_per_gpu < 1:
         raise InvalidInput(f"tokens per GPU: found {tokens_per_gpu}, expected at least 1")
-    enter = scheme(alltoall)
+    if passes not in PASSES:
+        raise InvalidInput(f"pass: found {passes!r}, expected one of {', '.join(PASSES)}")
+    if capacity_factor is not None and not capacity_factor > 0:
+        raise InvalidInput(f"capacity factor: found {capacity_factor}, expected more than 0")
+    priced = scheme(alltoall)
     capacity = topology.gpu_memory if gpu_memory is None else gpu_memory
     held_bytes = worst_gpu_bytes(
         placement, sized, capacity=capacity, reserve=reserve, expert_dtype=expert_dtype
     )
-
-    levels = [topology.index(name) for name in REPORTED]
-    units = [topology.num_units[level] for level in levels]
-    size = sized.dispatch_bytes + sized.combine_bytes
-    per_token = np.zeros((4, trace.num_layers, len(REPORTED)))  # touched, remote, bytes, load max/mean
-    phases: dict[str, float] = dict.fromkeys(("dispatch", "combine", "compute"), 0.0)
-    batch = tokens_per_gpu * placement.num_ranks / trace.num_tokens
-    busiest = np.zeros(len(topology.levels))
-    for layer in range(trace.num_layers):
-        topk = np.ascontiguousarray(trace.topk_idx[:, layer], dtype=np.int32)
-        counts = incidence(
-            placement.physical_to_logical[layer],
-            topk,
-            num_experts=placement.num_experts,
-            num_ranks=placement.num_ranks,
-            unit_ranks=topology.unit_sizes,
-            server_ranks=topology.unit_sizes[topology.index("server")],
-            rule=rule,
-            table=None if placement.table is None else placement.table[layer],
-        )
-        entering = enter(counts, topology)
-        for column, (level, number) in enumerate(zip(levels, units, strict=True)):
-            load = counts.load[level, :number]
-            per_token[:, layer, column] = (
-                counts.touched[level].sum() / trace.num_tokens,
-                counts.remote[level].sum() / trace.num_tokens,
-                entering[level].sum() * size / trace.num_tokens,
-                load.max() / load.mean() if load.any() else 1.0,
-            )
-        phases["dispatch"] += phase_seconds(entering * batch, sized.dispatch_bytes, topology)
-        phases["combine"] += phase_seconds(entering * batch, sized.combine_bytes, topology)
-        held = (placement.physical_to_logical[layer].reshape(placement.num_ranks, -1) >= 0).sum(axis=1)
-        phases["compute"] += compute_seconds(counts.load[0] * batch, held, topology, sized, expert_dtype)
-        busiest += _link_seconds(entering * batch, size, topology)
-    touched, remote, volume, heat = per_token
+    at = homes_of(trace, placement.num_ranks, homes, seed)
+    counted = census(placement, trace, topology, rule=rule, homes=at, follow=priced.name == "follow")
+    held = _shares_held(placement)
+    step = Step(
+        topology=topology,
+        model=sized,
+        scheme=priced,
+        expert_dtype=expert_dtype,
+        scale=tokens_per_gpu * placement.num_ranks / trace.num_tokens,
+        passes=2 if passes == "training" else 1,
+        capacity_factor=capacity_factor,
+        padded=padded,
+        background=background,
+    )
     return Report(
         tokens=trace.num_tokens,
         layers=trace.num_layers,
         alltoall=alltoall,
         replica_choice=rule,
-        touched=_named(touched.mean(axis=0)),
-        remote=_named(remote.mean(axis=0)),
-        bytes_per_token=_named(volume.sum(axis=0)),
-        load={
-            name: {"max_over_mean": float(heat[:, i].mean()), "worst_layer": float(heat[:, i].max())}
-            for i, name in enumerate(REPORTED)
-        },
-        seconds={**phases, "step": sum(phases.values())},
-        bottleneck=_bottleneck(busiest, phases["compute"], topology),
         memory={"worst_gpu_bytes": held_bytes, "capacity_bytes": capacity, "reserve_bytes": reserve},
-        assumptions=_assumptions(sized, alltoall, tokens_per_gpu, placement),
-        per_layer={
-            "layer_ids": list(trace.layer_ids),
-            "touched": {name: touched[:, i].tolist() for i, name in enumerate(REPORTED)},
-            "remote": {name: remote[:, i].tolist() for i, name in enumerate(REPORTED)},
-            "load": {name: heat[:, i].tolist() for i, name in enumerate(REPORTED)},
-        },
+        assumptions=_assumptions(step, tokens_per_gpu, homes, placement),
+        load_per_step=None if trace.step is None else _per_step(placement, trace, topology, held),
+        **step.price(counted, held, trace.num_tokens, trace.layer_ids),
     )
+
+
+def _shares_held(placement: Placement) -> list[Floats]:
+    """Share of each expert's tokens that each rank serves, (num_ranks, num_experts), copies sharing evenly."""
+    shares = []
+    for row in placement.physical_to_logical:
+        ranks = np.repeat(np.arange(placement.num_ranks), placement.slots_per_rank)
+        held = np.zeros((placement.num_ranks, placement.num_experts))
+        np.add.at(held, (ranks[row >= 0], row[row >= 0]), 1.0)
+        shares.append(held / np.maximum(held.sum(axis=0), 1.0))
+    return shares
+
+
+def _per_step(
+    placement: Placement, trace: Trace, topology: Topology, held: list[Floats]
+) -> dict[str, dict[str, float]]:
+    """Busiest unit over mean of every step and layer: mean, 99th percentile and maximum; copies share evenly."""
+    assert trace.step is not None
+    _, step = np.unique(trace.step, return_inverse=True)
+    number, experts = int(step.max()) + 1, placement.num_experts
+    heat: dict[str, list[Floats]] = {name: [] for name in REPORTED}
+    for layer, shares in enumerate(held):
+        topk = np.asarray(trace.topk_idx[:, layer]).astype(np.int64)
+        key = (step[:, None] * experts + topk)[topk >= 0]
+        used = np.bincount(key, minlength=number * experts).reshape(number, experts)
+        ranks = used @ shares.T
+        for name in REPORTED:
+            size = topology.unit_sizes[topology.index(name)]
+            load = ranks.reshape(number, -1, size).sum(axis=2)
+            load = load[load.any(axis=1)]
+            heat[name].append(load.max(axis=1) / load.mean(axis=1))
+    return {
+        name: {
+            "mean": float(np.mean(rows)) if rows.size else 1.0,
+            "p99": float(np.percentile(rows, 99)) if rows.size else 1.0,
+            "max": float(rows.max(initial=1.0)),
+        }
+        for name, rows in ((name, np.concatenate(parts)) for name, parts in heat.items())
+    }
 
 
 def check_match(placement: Placement, trace: Trace) -> None:
@@ -189,47 +221,46 @@ def format_ids(ids: tuple[int, ...]) -> str:
     return f"{ids[0]}..{ids[-1]}" if runs else ",".join(map(str, ids))
 
 
-def _link_seconds(
-    entering: npt.NDArray[np.float64], size: float, topology: Topology
-) -> npt.NDArray[np.float64]:
-    """Seconds of the busiest link of each level."""
-    rate = np.array(
-        [
-            unit * level.effective_bandwidth
-            for level, unit in zip(topology.levels, topology.unit_sizes, strict=True)
-        ]
-    )
-    seconds: npt.NDArray[np.float64] = entering.max(axis=1) * size / rate
-    return seconds
-
-
-def _bottleneck(busiest: npt.NDArray[np.float64], compute: float, topology: Topology) -> str:
-    level = int(busiest.argmax())
-    if compute >= busiest[level]:
-        return "compute" if compute > 0 else "none"
-    return f"{topology.levels[level].name} links"
-
-
-def _assumptions(model: Model, alltoall: str, tokens_per_gpu: int, placement: Placement) -> tuple[str, ...]:
+def _assumptions(step: Step, tokens_per_gpu: int, homes: str, placement: Placement) -> tuple[str, ...]:
+    model, alltoall = step.model, step.scheme.name
+    lives = {
+        "uniform": "homes are uniform over all GPUs",
+        "trace": "homes are the trace's source ranks",
+        "sticky": "each sequence lives on one GPU, dealt by seed",
+    }
     said = [
-        "homes are uniform over all GPUs",
+        lives[homes],
         f"seconds are for one step of {tokens_per_gpu} tokens on each GPU",
         "a phase takes its latency plus the busiest link's bytes over its effective bandwidth; no overlap",
-        f"expert GEMMs reach {GEMM_EFFICIENCY:.0%} of the BF16 peak",
+        f"expert GEMMs reach {GEMM_EFFICIENCY:.0%} of the BF16 peak with many tokens an expert",
+        "attention and shared experts are left out",
     ]
     if alltoall == "hierarchical":
         said.append("a vector crosses an uplink once per remote rack and a NIC once per remote server")
+    if alltoall == "follow":
+        said.append(
+            "tokens stay with their heaviest expert; touched and remote are counted from uniform homes"
+        )
+    if step.passes == 2:
+        said.append(
+            "the backward pass mirrors dispatch and combine and computes twice as much as the forward one"
+        )
+    if step.padded:
+        said.append("buffers are padded to the hottest rank: every link is as busy as the busiest")
+    if step.capacity_factor is not None:
+        said.append(f"an expert serves at most {step.capacity_factor:g} times its even share of a step")
+    if step.background is not None:
+        said.append("other traffic shares the links in every phase")
     if model.expert_width is None:
         said.append("expert size unknown: memory is not checked, compute takes 0 s")
     if model is ASSUMED:
         said.append(f"model unknown: hidden size {model.hidden_size} and BF16 assumed")
     else:
-        dtypes = f"{model.dispatch_dtype} dispatch, {model.combine_dtype} combine"
+        dtypes = (
+            f"{step.scheme.dispatch_dtype or model.dispatch_dtype} dispatch, "
+            f"{step.scheme.combine_dtype or model.combine_dtype} combine"
+        )
         said.append(f"model {model.name}: hidden size {model.hidden_size}, {dtypes}")
     if placement.has_copies:
         said.append("each copy is picked independently of a token's other experts")
     return tuple(said)
-
-
-def _named(values: npt.NDArray[np.float64]) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(REPORTED, values, strict=True)}

@@ -23,20 +23,36 @@ class Incidence:
     touched : tokens that reach a unit for at least one of their experts
     remote : those of them whose home lies outside the unit
     load : expert choices served in the unit
-    remote_load : those of them whose token's home lies outside the unit
-    foreign_load : (num_ranks,) choices served on a GPU for tokens at home on another server
     """
 
     touched: Floats
     remote: Floats
     load: Floats
-    remote_load: Floats
-    foreign_load: Floats
 
 
-def incidence(
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """The ranks that may serve each expert, by home; each with equal chance.
+
+    Parameters
+    ----------
+    candidates : (homes, num_experts, most_copies) int32
+        Ranks; one row for all homes when no expert has copies.
+    number : (homes, num_experts) int32
+        How many of `candidates` count.
+    """
+
+    candidates: npt.NDArray[np.int32]
+    number: npt.NDArray[np.int32]
+
+    @property
+    def rank_of(self) -> npt.NDArray[np.int32] | None:
+        """(num_experts,) the one rank of each expert; None with copies."""
+        return self.candidates[0, :, 0] if self.candidates.shape[::2] == (1, 1) else None
+
+
+def targets(
     slots: npt.NDArray[np.int32],
-    topk: npt.NDArray[np.signedinteger],
     *,
     num_experts: int,
     num_ranks: int,
@@ -44,15 +60,13 @@ def incidence(
     server_ranks: int,
     rule: str = "nearest",
     table: npt.NDArray[np.int32] | None = None,
-) -> Incidence:
-    """Count one layer.
+) -> Targets:
+    """Where the dispatch rule sends the choices of one layer.
 
     Parameters
     ----------
     slots : (num_slots,) int32
         Expert of each slot, -1 = empty.
-    topk : (num_tokens, top_k) signed integer
-        Experts of each token, -1 = none.
     num_experts, num_ranks : int
     unit_ranks : tuple of int
         Ranks in one unit of each level, inside out.
@@ -68,29 +82,13 @@ def incidence(
     InvalidInput
         When the rule needs a table that is not there, or cannot be priced.
     """
-    from placer.search.counting import count_touched, expect_touched
-
-    size = np.array(unit_ranks, np.int64)
     per_rank = len(slots) // num_ranks
     held = np.flatnonzero(slots >= 0)
     copies = np.bincount(slots[held], minlength=num_experts)
     if copies.max() == 1:
-        rank_of = np.empty(num_experts, np.int64)
+        rank_of = np.empty(num_experts, np.int32)
         rank_of[slots[held]] = held // per_rank
-        units = (rank_of[None, :] // size[:, None]).astype(np.int32)
-        counts = np.zeros((len(size), num_ranks), np.int64)
-        count_touched(topk, units, counts)
-        used = np.bincount(topk[topk >= 0], minlength=num_experts).astype(np.float64)
-        load: Floats = np.stack([np.bincount(row, used, minlength=num_ranks) for row in units]).astype(float)
-        touched = counts.astype(np.float64)
-        outside = 1.0 - size[:, None] / num_ranks
-        return Incidence(
-            touched=touched,
-            remote=touched * outside,
-            load=load,
-            remote_load=load * outside,
-            foreign_load=load[0] * (1.0 - server_ranks / num_ranks),
-        )
+        return Targets(candidates=rank_of[None, :, None], number=np.ones((1, num_experts), np.int32))
     order = held[np.argsort(slots[held], kind="stable")]
     slots_of = np.full((num_experts, int(copies.max())), -1, np.int64)
     first = np.cumsum(copies) - copies
@@ -103,10 +101,66 @@ def incidence(
         raise InvalidInput(
             f"replica choice {rule!r}: cannot be priced for copies; expected nearest, spread or table"
         )
-    touched, remote, load, remote_load = (np.zeros((len(size), num_ranks)) for _ in range(4))
-    foreign = np.zeros(num_ranks)
-    expect_touched(topk, candidates, number, size, server_ranks, touched, remote, load, remote_load, foreign)
-    return Incidence(touched=touched, remote=remote, load=load, remote_load=remote_load, foreign_load=foreign)
+    return Targets(candidates=candidates, number=number)
+
+
+def incidence(
+    topk: npt.NDArray[np.signedinteger],
+    aimed: Targets,
+    *,
+    num_ranks: int,
+    unit_ranks: tuple[int, ...],
+    server: int,
+) -> Incidence:
+    """Count one layer, homes uniform.
+
+    Parameters
+    ----------
+    topk : (num_tokens, top_k) signed integer
+        Experts of each token, -1 = none.
+    aimed : Targets
+    num_ranks : int
+    unit_ranks : tuple of int
+        Ranks in one unit of each level, inside out.
+    server : int
+        Position of the level ``server``.
+    """
+    from placer.search.counting import count_touched, expect_flows
+
+    size = np.array(unit_ranks, np.int64)
+    if aimed.rank_of is None:
+        touched, remote, load = (np.zeros((len(size), num_ranks)) for _ in range(3))
+        pairs = np.zeros((3, num_ranks, unit_ranks[server]))
+        ports = np.zeros((3, len(size), num_ranks))
+        everywhere = np.zeros(0, np.int32)
+        ways = (pairs, ports, ports.copy())
+        expect_flows(
+            topk, everywhere, aimed.candidates, aimed.number, size, server, touched, remote, load, *ways
+        )
+        return Incidence(touched=touched, remote=remote, load=load)
+    units = (aimed.rank_of[None, :] // size[:, None]).astype(np.int32)
+    counts = np.zeros((len(size), num_ranks), np.int64)
+    count_touched(topk, units, counts)
+    used = np.bincount(topk[topk >= 0], minlength=units.shape[1]).astype(np.float64)
+    return Incidence(
+        touched=counts.astype(np.float64),
+        remote=counts * (1.0 - size[:, None] / num_ranks),
+        load=loads(used, units, num_ranks),
+    )
+
+
+def loads(
+    used: npt.NDArray[np.floating], units: npt.NDArray[np.integer], num_units: int
+) -> npt.NDArray[np.float64]:
+    """Choices served in each unit of each level, (num_levels, num_units), from those of each expert.
+
+    Parameters
+    ----------
+    used : (num_experts,) floating
+    units : (num_levels, num_experts) integer
+        Unit that holds each expert.
+    """
+    return np.stack([np.bincount(row, used, minlength=num_units) for row in units]).astype(np.float64)
 
 
 Candidates = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]

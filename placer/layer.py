@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import InvalidInput
-from placer.incidence import Incidence, incidence
+from placer.incidence import Incidence, incidence, targets
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -239,14 +239,17 @@ class Layer:
         return round(over, 6), seconds, heat
 
     def _counts(self, slots: Occupant) -> Incidence:
-        return incidence(
+        aimed = targets(
             slots,
-            self.tokens,
             num_experts=self.num_experts,
             num_ranks=self.num_ranks,
             unit_ranks=self.unit_ranks,
             server_ranks=self.server_ranks,
             rule=self.rule,
+        )
+        server = self.unit_ranks.index(self.server_ranks)
+        return incidence(
+            self.tokens, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks, server=server
         )
 
     def cost(self, occupant: Occupant) -> float:

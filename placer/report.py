@@ -12,6 +12,7 @@ from placer.errors import GateFailed, InvalidInput
 from placer.topology import REPORTED
 
 SCHEMA = "placer/report/1"
+SHOWN_LINKS = 3  # of those a report names, in its text
 
 _GATE = re.compile(r"\s*([a-z_]+(?:\.[a-z_]+)*)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
 _COMPARE = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
@@ -86,15 +87,28 @@ class Report:
         Per level ``max_over_mean`` (busiest unit over mean, mean over layers) and ``worst_layer``.
     seconds : dict of float
         ``dispatch``, ``combine``, ``compute`` and ``step`` of one step, summed over layers.
+    overlap : dict of dict
+        For the schedules ``none``, ``two_batch`` and ``dualpipe``: ``total`` seconds of a step, and those in which
+        only links work (``exposed``).
+    latency : float
+        Seconds of `seconds` that do not shrink with the batch.
     bottleneck : str
-        The link or device that takes most of the step.
+        The kind of link or device that takes most of the step.
+    links : list of dict
+        The links that are busy longest: ``link``, ``level``, ``phase``, ``bytes`` and ``seconds`` of one step.
+    dropped : float
+        Share of choices that a capacity factor drops.
+    load_per_step : dict of dict, optional
+        Per level ``mean``, ``p99`` and ``max`` over steps and layers of the busiest unit over mean; None when the
+        trace has no steps.
     memory : dict
         ``worst_gpu_bytes`` of experts on the fullest GPU (None when the expert size is unknown), with
         ``capacity_bytes`` and ``reserve_bytes``.
     assumptions : tuple of str
         What the numbers rest on, in words.
     per_layer : dict
-        ``layer_ids``, and lists with one entry a layer of ``touched``, ``remote`` and ``load`` per level.
+        ``layer_ids``, and lists with one entry a layer of ``touched``, ``remote`` and ``load`` per level, and of
+        ``seconds`` per phase.
     """
 
     tokens: int
@@ -106,7 +120,12 @@ class Report:
     bytes_per_token: dict[str, float]
     load: dict[str, dict[str, float]]
     seconds: dict[str, float]
+    overlap: dict[str, dict[str, float]]
+    latency: float
     bottleneck: str
+    links: list[dict[str, Any]]
+    dropped: float
+    load_per_step: dict[str, dict[str, float]] | None
     memory: dict[str, float | None]
     assumptions: tuple[str, ...]
     per_layer: dict[str, Any]
@@ -124,7 +143,12 @@ class Report:
             "bytes_per_token": self.bytes_per_token,
             "load": self.load,
             "seconds": self.seconds,
+            "overlap": self.overlap,
+            "latency": self.latency,
             "bottleneck": self.bottleneck,
+            "links": self.links,
+            "dropped": self.dropped,
+            "load_per_step": self.load_per_step,
             "memory": self.memory,
             "assumptions": list(self.assumptions),
             "per_layer": self.per_layer,
@@ -181,6 +205,45 @@ class Report:
             raise GateFailed(f"{gate.path} is {shown}, required {gate.sign} {gate.limit!r}")
         return f"{gate.path} {shown} {gate.sign} {gate.limit!r}"
 
+    def explain(self) -> str:
+        """Where the time goes, in five lines of words."""
+        seconds, step = self.seconds, self.seconds["step"] or 1.0
+        wire = seconds["dispatch"] + seconds["combine"]
+        split = f"{wire / step:.0%} dispatch and combine, {seconds['compute'] / step:.0%} experts"
+        lines = [f"A step takes {format_seconds(seconds['step'])}: {split}."]
+        if self.links:
+            first = self.links[0]
+            share = first["seconds"] / (seconds[first["phase"]] or 1.0)
+            lines.append(
+                f"The busiest link is {first['link']}: {format_bytes(first['bytes'])} of {first['phase']} keep it busy "
+                f"{format_seconds(first['seconds'])}, {share:.0%} of that phase."
+            )
+        else:
+            lines.append("No link carries anything: every token finds its experts at home.")
+        lines.append(
+            f"A token touches {self.touched['server']:.2f} servers and {self.touched['gpu']:.2f} GPUs a layer; "
+            f"latency, which no placement changes, is {self.latency / (wire or 1.0):.0%} of the communication."
+        )
+        worst = max(REPORTED, key=lambda level: self.load[level]["max_over_mean"])
+        lines.append(
+            f"The busiest {worst} has {self.load[worst]['max_over_mean']:.2f} times the mean load"
+            + (
+                f"; {self.dropped:.1%} of the choices are dropped."
+                if self.dropped
+                else ": the rest wait for it."
+            )
+        )
+        exposed = [
+            f"{format_seconds(self.overlap[key]['exposed'])} {words}"
+            for key, words in (
+                ("none", "without overlap"),
+                ("two_batch", "with two batches in turn"),
+                ("dualpipe", "with DualPipe"),
+            )
+        ]
+        lines.append(f"Exposed communication: {', '.join(exposed)}.")
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         lines = [
             f"{'':10}{'touched':>9}{'remote':>9}{'bytes/token':>13}{'load max/mean':>15}{'worst layer':>13}"
@@ -197,6 +260,23 @@ class Report:
             f"combine {format_seconds(seconds['combine'])}, compute {format_seconds(seconds['compute'])}; "
             f"bottleneck {self.bottleneck}"
         )
+        for row in self.links[:SHOWN_LINKS]:
+            volume, time = format_bytes(row["bytes"]), format_seconds(row["seconds"])
+            lines.append(f"  {row['link']:34} {row['phase']:9}{volume:>9}{time:>10}")
+        hidden = self.overlap
+        if self.seconds["step"] > 0:
+            lines.append(
+                f"step with overlap: two batches {format_seconds(hidden['two_batch']['total'])}, "
+                f"DualPipe {format_seconds(hidden['dualpipe']['total'])}"
+            )
+        if self.dropped:
+            lines.append(f"dropped by the capacity factor: {self.dropped:.2%} of the choices")
+        if self.load_per_step is not None:
+            each = "; ".join(
+                f"{level} {row['mean']:.3f} / {row['p99']:.3f} / {row['max']:.3f}"
+                for level, row in self.load_per_step.items()
+            )
+            lines.append(f"load max/mean of single steps, mean / p99 / max: {each}")
         return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from placer import batches
 from placer.errors import InvalidInput
 from placer.files import write_atomically
 from placer.npz import read_member, write_members
@@ -294,6 +295,34 @@ class Trace:
         first = np.arange(unique.size) < count
         chosen = first[unit_of_token.reshape(-1)]
         return self.select(chosen), self.select(~chosen)
+
+    def rebatch(self, tokens_per_step: int, *, seed: int = 0, phase: str | None = None) -> Trace:
+        """The same trace with `step` set anew: its sequences queued in random order, as an engine runs them.
+
+        See `placer.batches.steps` for the two phases; tokens keep their order and nothing else changes.
+
+        Parameters
+        ----------
+        tokens_per_step
+            Tokens in one step over all ranks, at most; the last steps of "decode" run fewer and are kept.
+        seed
+            Another seed gives another order of the sequences.
+        phase
+            "prefill" or "decode"; by default "decode" where the trace's own phase begins so, else "prefill".
+
+        Raises
+        ------
+        InvalidInput
+            When the trace has no `sequence`, a step holds no token or the phase is another.
+
+        Examples
+        --------
+        >>> ids = np.zeros((4, 1, 1), dtype=np.uint8)
+        >>> trace = Trace(topk_idx=ids, num_experts=1, sequence=np.array([7, 7, 8, 8]))
+        >>> trace.rebatch(2, phase="decode").step.tolist()
+        [0, 1, 0, 1]
+        """
+        return self._part({"step": batches.steps(self, tokens_per_step, seed=seed, phase=phase)})
 
     def sequence_key(self, seed: int = 0) -> NDArray[np.uint64]:
         """Pseudo-random key of each token's sequence, ``(num_tokens,)``; of its block where none are known.

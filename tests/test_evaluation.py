@@ -293,7 +293,9 @@ def test_seconds_are_the_busiest_link_plus_latency_and_the_straggler() -> None:
     # 10 tokens a step: all 10 reach GPU 0 over NVLink (1.6 s), 5 of them over its NIC at 2 bytes/s (20 s).
     assert found.seconds["dispatch"] == pytest.approx(0.5 + 5 * 8 / 2)
     assert found.seconds["combine"] == pytest.approx(0.5 + 5 * 8 / 2)
-    assert found.seconds["compute"] == pytest.approx(max(20 * 48 / (1e4 * 0.65), 2 * 48 / 1e3))
+    # 20 choices on two experts, both activated but for chance; reading one takes as long as 10 tokens.
+    activated = 2 * (1 - math.exp(-10))
+    assert found.seconds["compute"] == pytest.approx((20 + 10 * activated) * 48 / (1e4 * 0.65))
     assert found.seconds["step"] == pytest.approx(
         sum(found.seconds[k] for k in ("dispatch", "combine", "compute"))
     )
@@ -324,8 +326,10 @@ def test_reading_weights_takes_less_time_when_they_are_stored_smaller() -> None:
         ]
         for dtype in ("bf16", "fp8")
     )
-    assert bf16 == pytest.approx(3 * 4096 * 4096 * 2 / H100.hbm_bandwidth)
-    assert fp8 == pytest.approx(bf16 / 2)
+    weights, activated = 3 * 4096 * 4096, 1 - math.exp(-1)  # one token on average, so perhaps none
+    arithmetic = 2 * weights / H100.flops_bf16
+    assert bf16 == pytest.approx((arithmetic + activated * 2 * weights / H100.hbm_bandwidth) / 0.65)
+    assert fp8 == pytest.approx((arithmetic + activated * weights / H100.hbm_bandwidth) / 0.65)
 
 
 # -- memory -------------------------------------------------------------------------------------------------
@@ -445,6 +449,7 @@ def test_the_json_document_holds_the_keys_that_scripts_rely_on() -> None:
     assert document.keys() == {
         *("schema", "tokens", "layers", "alltoall", "replica_choice", "touched", "remote", "bytes_per_token"),
         *("load", "seconds", "bottleneck", "memory", "assumptions", "per_layer"),
+        *("overlap", "latency", "links", "dropped", "load_per_step"),
     }
     for key in ("touched", "remote", "bytes_per_token", "load"):
         assert list(document[key]) == ["gpu", "server", "rack"]
@@ -552,14 +557,67 @@ def test_the_text_shows_every_level_and_the_step() -> None:
         bytes_per_token={"gpu": 5.0, "server": 2.5e6, "rack": 0.0},
         seconds={"dispatch": 0.0015, "combine": 2.5e-6, "compute": 3.0, "step": 3.0015025},
         bottleneck="server links",
+        links=[
+            {
+                "link": "server 1 NIC 0 in",
+                "level": "server",
+                "phase": "combine",
+                "bytes": 2e6,
+                "seconds": 3e-3,
+            }
+        ],
+        overlap={"two_batch": {"total": 2.0, "exposed": 1.0}, "dualpipe": {"total": 4.0, "exposed": 1.0}},
+        dropped=0.25,
+        load_per_step={"gpu": {"mean": 1.5, "p99": 2.0, "max": 2.25}},
     )
-    head, gpu, server, rack, step = str(report).splitlines()
+    head, gpu, server, rack, step, link, overlap, dropped, per_step = str(report).splitlines()
+    assert link.split() == ["server", "1", "NIC", "0", "in", "combine", "2", "MB", "3", "ms"]
+    assert overlap == "step with overlap: two batches 2 s, DualPipe 4 s"
+    assert "25.00%" in dropped
+    assert per_step.endswith("gpu 1.500 / 2.000 / 2.250")
     assert head.split() == ["touched", "remote", "bytes/token", "load", "max/mean", "worst", "layer"]
     assert {len(head), len(gpu), len(server), len(rack)} == {len(head)}
     assert gpu.split()[:2] == ["gpu", "5.124"]
     assert "2.5 MB" in server
     assert rack.startswith("rack")
     assert step == "step 3 s: dispatch 1.5 ms, combine 2.5 us, compute 3 s; bottleneck server links"
+
+
+def test_a_report_explains_itself_in_five_lines() -> None:
+    case = uneven()
+    spread = replace(
+        case.placement, physical_to_logical=np.array([[0, -1, 1, 2], [2, -1, 0, 1]]), shape=(1, 2, 1)
+    )
+    told = report_of(replace(case, placement=spread)).explain().splitlines()
+    assert len(told) == 5
+    assert told[1].startswith("The busiest link is gpu 0 out: 33.6 MB of dispatch keep it busy")
+    alone = replace(case.placement, physical_to_logical=np.array([[0, 1, 2], [1, 2, 0]]), shape=(1, 1, 1))
+    idle = Trace(topk_idx=np.full((1, 2, 1), -1), num_experts=3)
+    told = report_of(Case(alone, idle)).explain().splitlines()
+    assert len(told) == 5
+    assert told[1].startswith("No link carries anything")
+
+
+def test_steps_of_a_trace_show_what_totals_hide() -> None:
+    """Over both steps the two experts share the load evenly; within each step one of them has all of it."""
+    trace = Trace(topk_idx=np.array([[[0]], [[0]], [[1]], [[1]]]), num_experts=2, step=np.array([7, 7, 9, 9]))
+    placement = Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))
+    report = report_of(Case(placement, trace))
+    assert report.load["server"]["max_over_mean"] == 1.0
+    assert report.load_per_step is not None
+    assert report.load_per_step["server"] == {"mean": 2.0, "p99": 2.0, "max": 2.0}
+    assert report_of(Case(placement, replace(trace, step=None))).load_per_step is None
+
+
+def test_a_capacity_factor_drops_what_is_above_an_even_share() -> None:
+    trace = Trace(topk_idx=np.array([[[0]], [[0]], [[0]], [[1]]]), num_experts=2)
+    placement = Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))
+    case = Case(placement, trace)
+    assert report_of(case).dropped == 0.0
+    assert report_of(case, capacity_factor=1.0).dropped == pytest.approx(0.25)
+    assert report_of(case, capacity_factor=1.5).dropped == 0.0
+    kept = report_of(case, capacity_factor=1.0, model=TOY).seconds["compute"]
+    assert kept < report_of(case, model=TOY).seconds["compute"]
 
 
 @pytest.mark.parametrize(

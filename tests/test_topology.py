@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pickle
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from placer.quantity import parse_quantity
 from placer.topology import Level, Topology, shipped
 
 FILE = Path(__file__).parents[1] / "topologies" / "dgx-h100.toml"
+H100 = Topology.load(FILE)
 SHAPES = {
     "dgx-h100": (1, 8, 8),
     "dgx-h100-superpod": (4, 32, 8),
@@ -21,6 +22,7 @@ SHAPES = {
     "dgx-h200": (1, 8, 8),
     "gb200-nvl72": (1, 4, 72),
     "mi300x": (1, 8, 8),
+    "tpu-v5p": (1, 1, 64),
 }
 
 
@@ -258,7 +260,49 @@ def test_no_line_of_garbage_ends_in_another_error(
 def test_the_shipped_files_hold_no_key_that_the_readme_leaves_out() -> None:
     page = (FILE.parent / "README.md").read_text()
     table = tomllib.loads(FILE.read_text())
-    for key in [key for key in table if key != "levels"] + [f"levels.{key}" for key in table["levels"][0]]:
+    levels = [f"levels.{field.name}" for field in fields(Level)]
+    for key in [key for key in table if key != "levels"] + levels:
         assert f"`{key}`" in page
     for name in shipped():
         assert f"| `{name}` | {'x'.join(map(str, SHAPES[name]))} |" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"link": "torus", "dims": (3, 3)},
+            "dims is [3, 3], expected sides of a torus whose product is the fanout 8",
+        ),
+        ({"dims": (2, 4)}, "dims is [2, 4], expected sides of a torus"),
+        ({"routing": "magic"}, "routing is 'magic', expected one of ideal, ecmp, spray"),
+        ({"rails": 1}, "rails is 1, expected true or false"),
+    ],
+)
+def test_impossible_links_are_refused(change: dict[str, object], expected: str) -> None:
+    refused(lambda: level("gpu", 8, **change), expected)
+
+
+@pytest.mark.parametrize("link", ["mesh", "torus"])
+def test_only_the_gpus_of_a_server_form_a_mesh_or_torus(link: str) -> None:
+    levels = H100.levels
+    refused(
+        lambda: replace(H100, levels=(levels[0], replace(levels[1], link=link), levels[2])), f"link is {link}"
+    )
+
+
+def test_a_torus_has_two_links_a_dimension_and_keeps_their_rate() -> None:
+    cube = Topology.load("tpu-v5p").levels[0]
+    assert cube.sides == (4, 4, 4)
+    assert cube.pair_bandwidth == pytest.approx(100e9 * 0.82)
+    small = cube.with_fanout(12)
+    assert small.sides == (2, 2, 3)
+    assert small.pair_bandwidth == cube.pair_bandwidth
+    assert replace(cube, dims=()).sides == (4, 4, 4)
+    assert replace(cube, dims=(8, 8)).pair_bandwidth == pytest.approx(150e9 * 0.82)
+
+
+def test_a_fabric_of_many_paths_reaches_a_share_of_its_bandwidth() -> None:
+    uplink = H100.levels[2]
+    for routing, share in (("ideal", 1.0), ("ecmp", 0.65), ("spray", 0.9)):
+        assert replace(uplink, routing=routing).effective_bandwidth == pytest.approx(44e9 * share)

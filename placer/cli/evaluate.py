@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -10,12 +11,15 @@ from placer.cli import options
 from placer.errors import GateFailed
 
 if TYPE_CHECKING:
+    from placer.background import Background
     from placer.model import Model
     from placer.topology import Topology
 
 _EPILOG = """\b
 Example:
   placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --require 'remote.server<=4.5'
+  placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --alltoall low_latency --tokens-per-gpu 128 --explain
+  placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --tokens-per-step 8192 --phase decode
 """
 
 
@@ -34,6 +38,22 @@ Example:
 @options.alltoall
 @options.replica_choice(None)
 @options.memory
+@options.step
+@click.option(
+    "--tokens-per-step",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="the trace's own steps",
+    help="Queue the trace's sequences into engine steps of N tokens over all GPUs, for the load of single steps.",
+)
+@click.option(
+    "--phase",
+    type=click.Choice(("prefill", "decode")),
+    show_default="the trace's own",
+    help="How they are queued: whole sequences, or one token of each running sequence.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Deals sequences to GPUs and steps.")
+@click.option("--explain", is_flag=True, help="Say in five lines where the time goes.")
 @click.option(
     "--require",
     "gates",
@@ -53,6 +73,12 @@ def command(
     shape: tuple[int, int, int] | None,
     model: Model | None,
     gates: tuple[str, ...],
+    queueing: bool,
+    background: Background | None,
+    tokens_per_step: int | None,
+    phase: str | None,
+    seed: int,
+    explain: bool,
     as_json: bool,
     **conditions: Any,
 ) -> None:
@@ -73,7 +99,14 @@ def command(
     placed, routed = Placement.load(placement), Trace.load(trace)
     options.made_for(placed, shape, placement)
     machine = topology.with_shape(placed.shape)
-    report = evaluate(placed, routed, machine, model=model, **conditions)
+    if tokens_per_step is not None:
+        routed = routed.rebatch(tokens_per_step, seed=seed, phase=phase)
+    elif phase is not None:
+        raise click.UsageError("--phase: found no --tokens-per-step, expected one to queue sequences into")
+    if queueing and background is None:
+        raise click.UsageError("--queueing: found no --background, expected the traffic that queues")
+    other = background and replace(background, queueing=queueing)
+    report = evaluate(placed, routed, machine, model=model, background=other, seed=seed, **conditions)
     kept, failed = [], []
     for gate in required:
         try:
@@ -85,7 +118,8 @@ def command(
         f"{format_shape(machine.shape)} {machine.name}, {report.alltoall} all-to-all"
     )
     assumed = "\n".join(f"assumed: {line}" for line in report.assumptions)
-    options.show(report.to_dict(), f"{heading}\n\n{report}\n\n{assumed}", as_json)
+    told = f"\n\n{report.explain()}" if explain else ""
+    options.show(report.to_dict(), f"{heading}\n\n{report}{told}\n\n{assumed}", as_json)
     for line in kept:
         click.echo(f"ok: {line}", err=True)
     for line in failed:

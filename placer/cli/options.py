@@ -126,6 +126,17 @@ class Numbers(ParamType):
         return tuple(dict.fromkeys(self.number.convert(part, param, ctx) for part in value.split(",")))
 
 
+class Traffic(ParamType):
+    """Bytes on the links of some levels, as `placer.background.Background` reads them."""
+
+    name = "traffic"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from placer.background import Background
+
+        return Background.parse(value) if isinstance(value, str) else value
+
+
 class Quantity(ParamType):
     """A size in bytes, with its unit."""
 
@@ -190,6 +201,12 @@ def _methods() -> list[str]:
     from placer.solvers import names
 
     return names()
+
+
+def _schemes() -> Iterable[str]:
+    from placer.alltoall import SCHEMES
+
+    return SCHEMES
 
 
 def _topologies() -> list[str]:
@@ -303,10 +320,59 @@ memory = _together(
 )
 alltoall = click.option(
     "--alltoall",
+    type=Name("all-to-all", lambda: _schemes()),
     default="hierarchical",
     show_default=True,
     metavar="SCHEME",
-    help="How vectors travel: hierarchical (once per server, then inside it) or naive.",
+    help="How vectors travel: hierarchical (once per server, then inside it), naive (one per expert), gpu_dedup (one "
+    "per GPU), allgather, low_latency (DeepEP's decode kernels) or follow (tokens stay with their heaviest expert).",
+)
+step = _together(
+    click.option(
+        "--homes",
+        type=click.Choice(("uniform", "trace", "sticky")),
+        default="uniform",
+        show_default=True,
+        help="Where tokens live: anywhere, on the trace's source ranks, or one rank for each sequence.",
+    ),
+    click.option(
+        "--tokens-per-gpu",
+        type=click.IntRange(min=1),
+        default=4096,
+        show_default=True,
+        metavar="N",
+        help="Tokens of one step on each GPU, for the seconds.",
+    ),
+    click.option(
+        "--pass",
+        "passes",
+        type=click.Choice(("forward", "training")),
+        default="forward",
+        show_default=True,
+        help="Training adds the backward pass, which mirrors dispatch and combine.",
+    ),
+    click.option(
+        "--capacity-factor",
+        type=Number("a number above 0", low=1e-9),
+        metavar="F",
+        show_default="none",
+        help="Drop what exceeds F times an expert's even share of a step.",
+    ),
+    click.option(
+        "--padded", is_flag=True, help="Buffers padded to the hottest rank: it sets everyone's bytes."
+    ),
+    click.option(
+        "--background",
+        type=Traffic(),
+        metavar="LEVEL=SIZE,..",
+        show_default="none",
+        help="Other traffic on the same links during each phase, per GPU and direction, as gpu=100MB,server=20MB.",
+    ),
+    click.option(
+        "--queueing",
+        is_flag=True,
+        help="Let that traffic queue as well (M/D/1, utilisation up to 0.95).",
+    ),
 )
 slots = _together(
     click.option(

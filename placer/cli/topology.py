@@ -11,7 +11,7 @@ from placer.cli import options
 from placer.table import aligned
 
 if TYPE_CHECKING:
-    from placer.topology import Topology
+    from placer.topology import Level, Topology
 
 _EPILOG = """\b
 Example:
@@ -66,6 +66,11 @@ def _list(machines: list[Topology]) -> str:
     )
 
 
+def _link(level: Level) -> str:
+    kind = f"torus {'x'.join(map(str, level.sides))}" if level.link == "torus" else level.link
+    return ", ".join([kind, *["rails"] * level.rails, *[level.routing] * (level.routing != "ideal")])
+
+
 def _detail(machine: Topology) -> str:
     from placer.placement import format_shape
     from placer.report import format_bytes, format_seconds
@@ -75,7 +80,7 @@ def _detail(machine: Topology) -> str:
             level.name,
             str(units),
             str(level.fanout),
-            level.link,
+            _link(level),
             f"{format_bytes(level.bandwidth)}/s",
             f"{format_bytes(level.effective_bandwidth)}/s",
             format_seconds(level.latency),

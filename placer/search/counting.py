@@ -70,26 +70,33 @@ def count_touched(tokens, unit_of_expert, touched):
 
 
 @kernel
-def expect_touched(
-    tokens, candidates, num_candidates, size, server, touched, remote, load, remote_load, foreign
+def expect_flows(
+    tokens, homes, candidates, num_candidates, size, server, touched, remote, load, pairs, out, into
 ):
-    """Expected touched units and loads when experts have copies and homes are uniform over ranks.
+    """Expected touched units, loads and vectors over link directions, for homes and copies of any kind.
 
-    For each home rank h and expert e, `candidates[h, e, :num_candidates[h, e]]` are the ranks whose copies the
-    dispatch rule may pick, each with equal chance and independently of the token's other experts. A unit is
-    then touched with chance ``1 - prod(1 - chance of each expert)``.
+    For home h and expert e, `candidates[h, e, :num_candidates[h, e]]` are the ranks whose copies the dispatch rule
+    may pick, each with equal chance and independently of the token's other experts; one row serves all homes. A
+    unit is touched with chance ``1 - prod(1 - chance of each expert)``. Without `homes` every rank is the home of
+    every token with equal chance.
 
-    Adds, per level and unit, mean over homes: `touched` units, `remote` ones (home elsewhere), picks `load`,
-    picks from elsewhere `remote_load`, and per rank the picks `foreign` from other servers of
-    `server` ranks each.
+    Adds, per level and unit: `touched` units, `remote` ones (home elsewhere), picks `load`; and for three ways of
+    sending, as in `placer.flows.Flows`, to `pairs` (3, ranks, GPUs of a server), `out` and `into` (3, levels,
+    ranks): 0 a vector for each choice, 1 for each touched rank, 2 for each touched unit at the home's rail and
+    from there for each touched GPU. Ports of level 0 are left to the caller; `server` is the position of that level.
     """
-    ranks, levels = candidates.shape[0], size.shape[0]
+    levels, ranks = touched.shape
+    width = size[server]
     miss = np.ones(ranks, np.float64)
     now = np.zeros(ranks, np.float64)
     seen = np.empty(ranks, np.int64)
-    share = 1.0 / ranks
+    everywhere = homes.shape[0] == 0
+    share = 1.0 / ranks if everywhere else 1.0
     for t in range(tokens.shape[0]):
-        for home in range(ranks):
+        first, last = (0, ranks) if everywhere else (homes[t], homes[t] + 1)
+        for home in range(first, last):
+            row = home if candidates.shape[0] > 1 else 0
+            rail = home % width
             for level in range(levels):
                 n = 0
                 own = home // size[level]
@@ -97,19 +104,21 @@ def expect_touched(
                     e = tokens[t, j]
                     if e < 0:
                         continue
-                    count = num_candidates[home, e]
+                    count = num_candidates[row, e]
                     chance = 1.0 / count
                     for c in range(count):
-                        rank = candidates[home, e, c]
+                        rank = candidates[row, e, c]
                         u = rank // size[level]
                         now[u] += chance
                         load[level, u] += chance * share
-                        if u != own:
-                            remote_load[level, u] += chance * share
-                        if level == 0 and rank // server != home // server:
-                            foreign[rank] += chance * share
+                        if level == 0:
+                            if u // width == home // width and u != home:
+                                pairs[0, home, u % width] += chance * share
+                        elif u != own:
+                            out[0, level, home] += chance * share
+                            into[0, level, rank] += chance * share
                     for c in range(count):
-                        u = candidates[home, e, c] // size[level]
+                        u = candidates[row, e, c] // size[level]
                         if now[u] > 0.0:
                             if miss[u] == 1.0:
                                 seen[n] = u
@@ -118,10 +127,59 @@ def expect_touched(
                             now[u] = 0.0
                 for x in range(n):
                     u = seen[x]
-                    touched[level, u] += (1.0 - miss[u]) * share
-                    if u != own:
-                        remote[level, u] += (1.0 - miss[u]) * share
+                    p = (1.0 - miss[u]) * share
                     miss[u] = 1.0
+                    touched[level, u] += p
+                    if u != own:
+                        remote[level, u] += p
+                    if level > 0:
+                        if u != own:
+                            out[2, level, home] += p
+                            into[2, level, u * size[level] + rail % size[level]] += p
+                        continue
+                    pairs[2, u // width * width + rail, u % width] += p
+                    if u // width == home // width and u != home:
+                        pairs[1, home, u % width] += p
+                    for outer in range(1, levels):
+                        if u // size[outer] != home // size[outer]:
+                            out[1, outer, home] += p
+                            into[1, outer, u] += p
+
+
+@kernel
+def follow_experts(tokens, weights, homes, rank_of_expert, size, server, pairs, out, into):
+    """Let every token travel to its experts' ranks and stay with the heaviest; `homes` (n,) is brought up to date.
+
+    Adds the vectors of the way there (0) and back to the new home (1) to `pairs` (2, ranks, GPUs of a server),
+    `out` and `into` (2, levels, ranks). Equal or missing `weights` (an empty array) favour the first choice. A
+    home of -1 is unknown: then the way there is left to the caller.
+    """
+    levels, width = size.shape[0], size[server]
+    for t in range(tokens.shape[0]):
+        best = -1
+        for j in range(tokens.shape[1]):
+            if tokens[t, j] >= 0 and (
+                best < 0 or (weights.shape[0] > 0 and weights[t, j] > weights[t, best])
+            ):
+                best = j
+        if best < 0:
+            continue
+        after = rank_of_expert[tokens[t, best]]
+        for j in range(tokens.shape[1]):
+            if tokens[t, j] < 0:
+                continue
+            rank = rank_of_expert[tokens[t, j]]
+            for way in range(2):
+                a, b = (homes[t], rank) if way == 0 else (rank, after)
+                if a < 0 or a == b:
+                    continue
+                if a // width == b // width:
+                    pairs[way, a, b % width] += 1.0
+                for level in range(1, levels):
+                    if a // size[level] != b // size[level]:
+                        out[way, level, a] += 1.0
+                        into[way, level, b] += 1.0
+        homes[t] = after
 
 
 @kernel

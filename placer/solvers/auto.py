@@ -1,7 +1,8 @@
 """The best of the methods in the time given.
 
-Idea: contiguous experts stay where no search beats them on unseen tokens; else `cpsat`, which is `tabu` and a
-recombination of what it met, and a proof on small layers. Spare slots bring in `eplb`, whose copies are kept
+Idea: contiguous experts stay where no search beats them on unseen tokens; else `cpsat` on layers small enough for its
+proof, and `tabu` on all others, where recombining what it met has gained nothing on any recorded trace
+(``python -m benchmarks.ablation``). Spare slots bring in `eplb`, whose copies are kept
 where they cost less within the caps. With counts only, `eplb` balances load.
 
 Wins wherever one does not want to choose. Complexity: that of the methods it runs.
@@ -29,10 +30,8 @@ def place(
     """Run what suits the layer and return the best."""
     if layer.topk is None:
         return eplb.place(layer, rng=rng, clock=clock, initial=initial)
-    trivial = clock.expired or len(layer.levels) == 0 or not layer.load.any()
-    placed = None if trivial or cpsat.provable(layer) else tabu.contiguous(layer, rng)
-    if placed is None:
-        placed = cpsat.place(layer, rng=rng, clock=clock, initial=initial)
+    solver = cpsat if cpsat.provable(layer) else tabu
+    placed = solver.place(layer, rng=rng, clock=clock, initial=initial)
     if layer.num_slots > layer.num_experts and not clock.expired:
         copied = eplb.place(layer, rng=rng, clock=clock, initial=initial)
         if layer.score(copied.slots) < layer.score(placed.slots):
