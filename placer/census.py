@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -121,17 +123,17 @@ def census(
     tallies = [_Tally(each, topology, placement.num_experts, known=homes is not None) for each in aimed]
     bytes_of_token = trace.topk_idx.nbytes // max(1, trace.num_tokens)
     step = max(1, CHUNK_BYTES // max(1, bytes_of_token))
-    for start in range(0, trace.num_tokens, step):
-        part = slice(start, start + step)
-        ids = np.asarray(trace.topk_idx[part])
-        at = np.zeros(0, np.int32) if homes is None else homes[part]
-        where = np.full(len(ids), -1, np.int32) if homes is None else at.copy()
-        weights = None if trace.topk_weights is None or not follow else np.asarray(trace.topk_weights[part])
-        for layer, tally in enumerate(tallies):
-            topk = np.ascontiguousarray(ids[:, layer], dtype=np.int32)
-            tally.add(topk, at)
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, trace.num_tokens, step):
+            part = slice(start, start + step)
+            ids = np.asarray(trace.topk_idx[part])
+            at = np.zeros(0, np.int32) if homes is None else homes[part]
+            list(pool.map(_Tally.add, tallies, ids.swapaxes(0, 1), repeat(at)))
             if follow:
-                tally.follow(topk, None if weights is None else weights[:, layer], where)
+                where = np.full(len(ids), -1, np.int32) if homes is None else at.copy()
+                weights = None if trace.topk_weights is None else np.asarray(trace.topk_weights[part])
+                for layer, tally in enumerate(tallies):
+                    tally.follow(ids[:, layer], None if weights is None else weights[:, layer], where)
     if homes is None:
         at_home = np.full(placement.num_ranks, trace.num_tokens / placement.num_ranks)
     else:
@@ -161,9 +163,10 @@ class _Tally:
             np.zeros((2, levels, ranks)),
         )
 
-    def add(self, topk: npt.NDArray[np.int32], homes: npt.NDArray[np.int32]) -> None:
+    def add(self, ids: npt.NDArray[np.integer], homes: npt.NDArray[np.int32]) -> None:
         from placer.search.counting import count_touched, expect_flows
 
+        topk = np.ascontiguousarray(ids, dtype=np.int32)
         self.experts += np.bincount(topk[topk >= 0], minlength=len(self.experts))
         if self.simple:
             count_touched(topk, self.units, self.touched)
@@ -183,12 +186,13 @@ class _Tally:
 
     def follow(
         self,
-        topk: npt.NDArray[np.int32],
+        ids: npt.NDArray[np.integer],
         weights: npt.NDArray[np.floating] | None,
         homes: npt.NDArray[np.int32],
     ) -> None:
         from placer.search.counting import follow_experts
 
+        topk = np.ascontiguousarray(ids, dtype=np.int32)
         lost = topk[homes < 0]
         self.unknown += np.bincount(lost[lost >= 0], minlength=len(self.unknown))
         heaviest = (

@@ -30,8 +30,8 @@ def place(
     """Run what suits the layer and return the best."""
     if layer.topk is None:
         return eplb.place(layer, rng=rng, clock=clock, initial=initial)
-    solver = cpsat if cpsat.provable(layer) else tabu
-    placed = solver.place(layer, rng=rng, clock=clock, initial=initial)
+    place_single = cpsat.place if cpsat.provable(layer) else tabu.place
+    placed = place_single(layer, rng=rng, clock=clock, initial=initial)
     if layer.num_slots > layer.num_experts and not clock.expired:
         copied = eplb.place(layer, rng=rng, clock=clock, initial=initial)
         if layer.score(copied.slots) < layer.score(placed.slots):
