@@ -83,6 +83,8 @@ class Report:
         experts, and of those other than the home's.
     bytes_per_token : dict of float
         Bytes that leave units over the links of each level, dispatch and combine, all layers, per token.
+    bytes_by_scheme : dict of dict
+        The same for every all-to-all scheme that moves anything; ``follow`` only when it was asked for.
     load : dict of dict
         Per level ``max_over_mean`` (busiest unit over mean, mean over layers) and ``worst_layer``.
     seconds : dict of float
@@ -118,6 +120,7 @@ class Report:
     touched: dict[str, float]
     remote: dict[str, float]
     bytes_per_token: dict[str, float]
+    bytes_by_scheme: dict[str, dict[str, float]]
     load: dict[str, dict[str, float]]
     seconds: dict[str, float]
     overlap: dict[str, dict[str, float]]
@@ -141,6 +144,7 @@ class Report:
             "touched": self.touched,
             "remote": self.remote,
             "bytes_per_token": self.bytes_per_token,
+            "bytes_by_scheme": self.bytes_by_scheme,
             "load": self.load,
             "seconds": self.seconds,
             "overlap": self.overlap,

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.alltoall import Scheme
+from placer.alltoall import SCHEMES, Scheme
 from placer.background import Background
 from placer.census import Census
 from placer.flows import Floats, Flows
@@ -72,17 +72,21 @@ class Step:
         times = np.zeros((5, count))  # dispatch, combine, their latency, compute, compute of half a batch
         dropped = np.zeros(count)
         busy: dict[tuple[str, int], _Busy] = {}
+        every = {name: np.zeros(len(REPORTED)) for name in SCHEMES}
         for index, (layer, shares) in enumerate(zip(counted, held, strict=True)):
             ways = self.scheme.exchange(layer, topology)
+            sent = _volume(self.scheme, layer, topology, self.model, levels)
             for column, (level, number) in enumerate(zip(levels, units, strict=True)):
                 load = layer.load[level, :number]
-                sent = sum(float(way.out[level].sum()) * each for way, each in zip(ways, size, strict=True))
                 per_token[:, index, column] = (
                     layer.touched[level].sum() / tokens,
                     layer.remote[level].sum() / tokens,
-                    sent * self.passes / tokens,
+                    sent[column] * self.passes / tokens,
                     load.max() / load.mean() if load.any() else 1.0,
                 )
+            for name, other in SCHEMES.items():
+                if name != "follow" or layer.followed is not None:
+                    every[name] += _volume(other, layer, topology, self.model, levels) * self.passes / tokens
             moved = [(way.padded() if self.padded else way) * self.scale for way in ways]
             for place, (way, each) in enumerate(zip(moved, size, strict=True)):
                 priced = self._phase(way, each)
@@ -98,6 +102,7 @@ class Step:
             "touched": _named(touched.mean(axis=0)),
             "remote": _named(remote.mean(axis=0)),
             "bytes_per_token": _named(volume.sum(axis=0)),
+            "bytes_by_scheme": {name: _named(total) for name, total in every.items() if total.any()},
             "load": {
                 name: {"max_over_mean": float(heat[:, i].mean()), "worst_layer": float(heat[:, i].max())}
                 for i, name in enumerate(REPORTED)
@@ -194,6 +199,14 @@ class _Busy:
         self.kind = kind
         self.seconds: Floats = np.zeros(len(kind.vectors))
         self.volume: Floats = np.zeros(len(kind.vectors))
+
+
+def _volume(scheme: Scheme, layer: Census, topology: Topology, model: Model, levels: list[int]) -> Floats:
+    """Bytes that leave units of the levels under a scheme, dispatch and combine together."""
+    there, back = scheme.exchange(layer, topology)
+    size = scheme.dispatch_bytes(model), scheme.combine_bytes(model)
+    volume: Floats = there.out[levels].sum(axis=1) * size[0] + back.out[levels].sum(axis=1) * size[1]
+    return volume
 
 
 def _named(values: npt.NDArray[np.float64]) -> dict[str, float]:

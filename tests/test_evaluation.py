@@ -449,7 +449,7 @@ def test_the_json_document_holds_the_keys_that_scripts_rely_on() -> None:
     assert document.keys() == {
         *("schema", "tokens", "layers", "alltoall", "replica_choice", "touched", "remote", "bytes_per_token"),
         *("load", "seconds", "bottleneck", "memory", "assumptions", "per_layer"),
-        *("overlap", "latency", "links", "dropped", "load_per_step"),
+        *("bytes_by_scheme", "overlap", "latency", "links", "dropped", "load_per_step"),
     }
     for key in ("touched", "remote", "bytes_per_token", "load"):
         assert list(document[key]) == ["gpu", "server", "rack"]
@@ -596,6 +596,20 @@ def test_a_report_explains_itself_in_five_lines() -> None:
     told = report_of(Case(alone, idle)).explain().splitlines()
     assert len(told) == 5
     assert told[1].startswith("No link carries anything")
+
+
+@pytest.mark.parametrize(
+    "alltoall", ["hierarchical", "naive", "gpu_dedup", "allgather", "low_latency", "follow"]
+)
+def test_one_report_holds_the_bytes_of_every_scheme(alltoall: str) -> None:
+    rng = np.random.default_rng(5)
+    trace = Trace(topk_idx=random_topk(rng, 20, 2, 3, 8), num_experts=8)
+    slots = np.array([rng.permutation(8), rng.permutation(8)])
+    case = Case(Placement(physical_to_logical=slots, num_experts=8, shape=(2, 2, 2)), trace)
+    everything = report_of(case, alltoall="follow", model=TOY).bytes_by_scheme
+    found = report_of(case, alltoall=alltoall, model=TOY)
+    assert close(found.bytes_per_token, everything[alltoall])
+    assert ("follow" in found.bytes_by_scheme) == (alltoall == "follow")
 
 
 def test_steps_of_a_trace_show_what_totals_hide() -> None:
