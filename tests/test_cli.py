@@ -92,6 +92,7 @@ def test_json_is_one_document_on_stdout(command: str, trace: Path, placement: Pa
         "solve": (trace, *MACHINE, *QUICK),
         "evaluate": (placement, trace, "-t", "dgx-h100"),
         "compare": (trace, *MACHINE, "--method", "greedy"),
+        "sweep": ("--preset", "article"),
         "inspect": (trace,),
         "check": (placement, trace),
         "synth": ("olmoe-like", "--layers", 1, "--tokens", 50, "-o", tmp_path / "t.npz"),

@@ -25,6 +25,7 @@ COMMANDS = (
     "solve",
     "evaluate",
     "compare",
+    "sweep",
     "inspect",
     "check",
     "synth",
