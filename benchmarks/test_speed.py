@@ -114,23 +114,23 @@ def test_counting_pairs(benchmark: Benchmark, capsys: pytest.CaptureFixture[str]
 
     from placer.search.counting import count_pairs
 
-    tokens = layer_of(64).tokens
+    tokens = np.tile(layer_of(256).tokens, (20, 1))  # as many as a trace has: 400k
     num, width = tokens.shape
-    weights, k = np.ones(num, np.int64), (0,) * width
-    table = np.zeros(64 * 64, np.int64)
+    k, table = (0,) * width, np.zeros(256 * 256, np.uint32)
 
     def compiled() -> None:
         table[:] = 0
-        count_pairs(tokens, weights, k, table)
+        count_pairs(tokens, k, table)
 
     def sparse() -> Any:
         start = np.arange(0, num * width + 1, width)
-        uses = csr_array((np.ones(num * width, np.int32), tokens.ravel(), start), shape=(num, 64))
+        uses = csr_array((np.ones(num * width, np.int32), tokens.ravel(), start), shape=(num, 256))
         return (uses.T @ uses).toarray()
 
     compiled()
     benchmark(compiled)
-    np.testing.assert_array_equal(table.reshape(64, 64), np.triu(sparse(), 1))
+    counts = table.reshape(256, 256)
+    np.testing.assert_array_equal(counts + counts.T, sparse() - np.diag(np.diag(sparse())))
     ratio = best_of(10, sparse) / benchmark.stats.stats.min
     rate = num / benchmark.stats.stats.min
     benchmark.extra_info.update(times_scipy=ratio, tokens_per_second=rate)

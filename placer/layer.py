@@ -167,9 +167,9 @@ class Layer:
         from placer.search.counting import count_pairs
 
         tokens = self.tokens
-        table = np.zeros((self.num_slots, self.num_slots), np.int64)
-        count_pairs(tokens, np.ones(len(tokens), np.int64), (0,) * tokens.shape[1], table.reshape(-1))
-        return table + table.T
+        table = np.zeros((self.num_slots, self.num_slots), np.uint32)
+        count_pairs(tokens, (0,) * tokens.shape[1], table.reshape(-1))
+        return table.astype(np.int64) + table.T
 
     @cached_property
     def expert_load(self) -> Floats:

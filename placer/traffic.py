@@ -72,20 +72,19 @@ class Traffic:
 
         layers, experts = trace.num_layers, trace.num_experts
         load = np.zeros((layers, experts), np.int64)
-        pairs = np.zeros((layers, experts * experts), np.int64)
+        pairs = np.zeros((layers, experts * experts), np.uint32)
         moves = np.zeros((layers - 1, experts, experts), np.int64) if transitions else None
         width = (0,) * trace.top_k
         for start in range(0, trace.num_tokens, _CHUNK_TOKENS):
             chunk = trace.topk_idx[start : start + _CHUNK_TOKENS]
-            ones = np.ones(len(chunk), np.int64)
             for layer in range(layers):
                 tokens = np.ascontiguousarray(chunk[:, layer], dtype=np.int32)
                 used = tokens[tokens >= 0]
                 load[layer] += np.bincount(used, minlength=experts)
-                count_pairs(tokens, ones, width, pairs[layer])
+                count_pairs(tokens, width, pairs[layer])
                 if moves is not None and layer + 1 < layers:
                     count_transitions(tokens, chunk[:, layer + 1].astype(np.int32), moves[layer])
-        table = pairs.reshape(layers, experts, experts)
+        table = pairs.reshape(layers, experts, experts).astype(np.int64)
         table += table.transpose(0, 2, 1).copy()
         return cls(num_tokens=trace.num_tokens, load=load, pairs=table, transitions=moves)
 

@@ -8,31 +8,33 @@ from placer.search.compiling import kernel
 
 
 @kernel
-def count_pairs(tokens, weights, k, pairs):
-    """Add the pair counts of `tokens` to `pairs`.
+def count_pairs(tokens, k, pairs):
+    """Add the pairs of each token to `pairs`, in the order in which the token names them.
 
-    `k` is a tuple of length top_k: its length is known when the kernel is compiled, which lets the two
-    inner loops unroll. The table is flat because one index is cheaper than two.
+    Add the transpose for the counts. `k` is a tuple of length top_k: its length is known when the kernel is
+    compiled, which lets the two inner loops unroll. The table is flat because one index is cheaper than two,
+    unsigned because a negative index would have to be looked out for, and 32 bits wide to stay in the cache.
 
-    Parameters: tokens (n, top_k) int16, -1 dropped; weights (n,) int64; pairs (E * E,) int64, in and out,
-    upper triangle (e < f) only.
+    Parameters: tokens (n, top_k) int16, -1 dropped; pairs (E * E,) uint32, in and out.
     """
     width = len(k)
-    size = int(np.sqrt(pairs.size))
+    size = np.uintp(np.sqrt(pairs.size))
+    ids = np.empty(width, np.uintp)
     for t in range(tokens.shape[0]):
-        w = weights[t]
+        whole = True
+        for i in range(width):
+            whole &= tokens[t, i] >= 0
+            ids[i] = np.uintp(tokens[t, i])
+        if whole:
+            for i in range(width - 1):
+                row = ids[i] * size
+                for j in range(i + 1, width):
+                    pairs[row + ids[j]] += np.uint32(1)
+            continue
         for i in range(width - 1):
-            e = tokens[t, i]
-            if e < 0:
-                continue
             for j in range(i + 1, width):
-                f = tokens[t, j]
-                if f < 0:
-                    continue
-                if e < f:
-                    pairs[e * size + f] += w
-                else:
-                    pairs[f * size + e] += w
+                if tokens[t, i] >= 0 and tokens[t, j] >= 0:
+                    pairs[ids[i] * size + ids[j]] += np.uint32(1)
 
 
 @kernel
