@@ -195,7 +195,7 @@ class Sweep:
             "GB between",
             "GB inside",
             "all-to-all",
-            "compute",
+            "even compute",
             "a2a/compute",
         ]
         lines = [
@@ -206,14 +206,14 @@ class Sweep:
                 f"{row.inter_server_gb:.1f}",
                 f"{row.intra_server_gb:.1f}",
                 format_seconds(row.seconds["dispatch"] + row.seconds["combine"]),
-                format_seconds(row.seconds["compute"]),
+                format_seconds(row.seconds["even_compute"]),
                 None if row.a2a_over_compute is None else f"{row.a2a_over_compute:.3f}",
                 _change(row, base.get((row.ep, row.routing), 0.0)),
             ]
             for row in self.rows
         ]
         shown = len(header) + any(row.method != BASELINE for row in self.rows)
-        table = aligned([*header, "vs linear"][:shown], [line[:shown] for line in lines], left=(1, 2))
+        table = aligned([*header, "GB vs linear"][:shown], [line[:shown] for line in lines], left=(1, 2))
         legend = "GB of one step over the whole machine, between servers and inside them"
         if any(row.fits is False for row in self.rows):
             legend += "; * the experts exceed a GPU's memory"

@@ -70,8 +70,8 @@ def evaluate(
     passes : {"forward", "training"}
         ``training`` adds the backward pass: it mirrors dispatch and combine and computes twice as much.
     capacity_factor : float, optional
-        Choices above this many times an expert's even share of a step are dropped: the report says how many,
-        compute shrinks; traffic is priced as if none were.
+        Choices above this many times an expert's even share are dropped: the report says how many, compute
+        shrinks; traffic is priced as if none were. Shares are those of the whole trace.
     padded : bool
         Buffers are padded to the hottest rank, so every link is as busy as the busiest.
     background : Background, optional
@@ -140,6 +140,7 @@ def evaluate(
         replica_choice=rule,
         memory={"worst_gpu_bytes": held_bytes, "capacity_bytes": capacity, "reserve_bytes": reserve},
         assumptions=_assumptions(step, tokens_per_gpu, homes, placement),
+        steps=None if trace.step is None else _steps(trace),
         load_per_step=None if trace.step is None else _per_step(placement, trace, topology, held),
         **step.price(counted, held, trace.num_tokens, trace.layer_ids),
     )
@@ -154,6 +155,12 @@ def _shares_held(placement: Placement) -> list[Floats]:
         np.add.at(held, (ranks[row >= 0], row[row >= 0]), 1.0)
         shares.append(held / np.maximum(held.sum(axis=0), 1.0))
     return shares
+
+
+def _steps(trace: Trace) -> dict[str, float]:
+    """How many steps the trace has, and the tokens of one on average."""
+    number = len(np.unique(np.asarray(trace.step)))
+    return {"number": number, "tokens": trace.num_tokens / number}
 
 
 def _per_step(
@@ -237,6 +244,7 @@ def _assumptions(step: Step, tokens_per_gpu: int, homes: str, placement: Placeme
     ]
     if alltoall == "hierarchical":
         said.append("a vector crosses an uplink once per remote rack and a NIC once per remote server")
+        said.append("inside a server one copy goes to every touched GPU, also to the one that passes it on")
     if alltoall == "follow":
         said.append(
             "tokens stay with their heaviest expert; touched and remote are counted from uniform homes"
@@ -248,9 +256,12 @@ def _assumptions(step: Step, tokens_per_gpu: int, homes: str, placement: Placeme
     if step.padded:
         said.append("buffers are padded to the hottest rank: every link is as busy as the busiest")
     if step.capacity_factor is not None:
-        said.append(f"an expert serves at most {step.capacity_factor:g} times its even share of a step")
+        said.append(
+            f"an expert serves at most {step.capacity_factor:g} times its even share; traffic as if none were dropped"
+        )
     if step.background is not None:
-        said.append("other traffic shares the links in every phase")
+        queues = " and makes them queue" if step.background.queueing else ""
+        said.append(f"other traffic shares the links in each phase of each layer{queues}")
     if model.expert_width is None:
         said.append("expert size unknown: memory is not checked, compute takes 0 s")
     if model is ASSUMED:

@@ -48,8 +48,9 @@ class Flows:
         return Flows(pairs=back, out=self.into, into=self.out)
 
     def padded(self) -> Flows:
-        """Every port and pair as busy as the busiest receiver: buffers padded to the hottest rank."""
-        hottest = np.broadcast_to(self.into.max(axis=1, keepdims=True), self.into.shape)
+        """Every port and pair as busy as the busiest: buffers padded to the hottest rank, there and back."""
+        peaks = np.maximum(self.out.max(axis=1, keepdims=True), self.into.max(axis=1, keepdims=True))
+        hottest = np.broadcast_to(peaks, self.into.shape)
         return Flows(pairs=np.full_like(self.pairs, self.pairs.max(initial=0.0)), out=hottest, into=hottest)
 
     def __add__(self, other: Flows) -> Flows:

@@ -57,8 +57,10 @@ def links(flows: Flows, topology: Topology) -> Iterator[Links]:
     width = gpus(topology)
     for position, (level, size) in enumerate(zip(topology.levels, topology.unit_sizes, strict=True)):
         rate = level.effective_bandwidth
+        if position == 0 and width == 1:  # a server of one GPU has no link inside
+            continue
         for way, ports in (("out", flows.out[position]), ("in", flows.into[position])):
-            if size == 1:
+            if position == 0:
                 yield Links(level=position, vectors=ports, gpus=1, rate=rate, name=_namer("gpu {0}", 1, way))
             elif level.name == "server":
                 name = _namer("server {0} NIC {1}", width, way)
@@ -96,7 +98,7 @@ def links(flows: Flows, topology: Topology) -> Iterator[Links]:
 
 def _namer(pattern: str, parts: int, way: str) -> Callable[[int], str]:
     def name(index: int) -> str:
-        return f"{pattern.format(*divmod(index, parts) if parts > 1 else (index,))} {way}".rstrip()
+        return f"{pattern.format(*divmod(index, parts))} {way}".rstrip()
 
     return name
 

@@ -100,6 +100,8 @@ class Report:
         The links that are busy longest: ``link``, ``level``, ``phase``, ``bytes`` and ``seconds`` of one step.
     dropped : float
         Share of choices that a capacity factor drops.
+    steps : dict, optional
+        ``number`` of steps of the trace and ``tokens`` of one on average; None when it has none.
     load_per_step : dict of dict, optional
         Per level ``mean``, ``p99`` and ``max`` over steps and layers of the busiest unit over mean; None when the
         trace has no steps.
@@ -128,6 +130,7 @@ class Report:
     bottleneck: str
     links: list[dict[str, Any]]
     dropped: float
+    steps: dict[str, float] | None
     load_per_step: dict[str, dict[str, float]] | None
     memory: dict[str, float | None]
     assumptions: tuple[str, ...]
@@ -152,6 +155,7 @@ class Report:
             "bottleneck": self.bottleneck,
             "links": self.links,
             "dropped": self.dropped,
+            "steps": self.steps,
             "load_per_step": self.load_per_step,
             "memory": self.memory,
             "assumptions": list(self.assumptions),
@@ -275,12 +279,13 @@ class Report:
             )
         if self.dropped:
             lines.append(f"dropped by the capacity factor: {self.dropped:.2%} of the choices")
-        if self.load_per_step is not None:
+        if self.load_per_step is not None and self.steps is not None:
             each = "; ".join(
                 f"{level} {row['mean']:.3f} / {row['p99']:.3f} / {row['max']:.3f}"
                 for level, row in self.load_per_step.items()
             )
-            lines.append(f"load max/mean of single steps, mean / p99 / max: {each}")
+            size = f"{self.steps['number']:,} steps of {self.steps['tokens']:,.0f} tokens on average"
+            lines.append(f"load max/mean of {size}, mean / p99 / max: {each}")
         return "\n".join(lines)
 
 

@@ -74,20 +74,20 @@ class Step:
         busy: dict[tuple[str, int], _Busy] = {}
         every = {name: np.zeros(len(REPORTED)) for name in SCHEMES}
         for index, (layer, shares) in enumerate(zip(counted, held, strict=True)):
-            ways = self.scheme.exchange(layer, topology)
-            sent = _volume(self.scheme, layer, topology, self.model, levels)
+            ways = self._exchange(self.scheme, layer)
+            sent = self._volume(self.scheme, layer, levels)
             for column, (level, number) in enumerate(zip(levels, units, strict=True)):
                 load = layer.load[level, :number]
                 per_token[:, index, column] = (
                     layer.touched[level].sum() / tokens,
                     layer.remote[level].sum() / tokens,
-                    sent[column] * self.passes / tokens,
+                    sent[column] / tokens,
                     load.max() / load.mean() if load.any() else 1.0,
                 )
             for name, other in SCHEMES.items():
                 if name != "follow" or layer.followed is not None:
-                    every[name] += _volume(other, layer, topology, self.model, levels) * self.passes / tokens
-            moved = [(way.padded() if self.padded else way) * self.scale for way in ways]
+                    every[name] += self._volume(other, layer, levels) / tokens
+            moved = [way * self.scale for way in ways]
             for place, (way, each) in enumerate(zip(moved, size, strict=True)):
                 priced = self._phase(way, each)
                 times[place, index] = priced.seconds * self.passes
@@ -131,6 +131,17 @@ class Step:
             },
         }
 
+    def _exchange(self, scheme: Scheme, layer: Census) -> tuple[Flows, Flows]:
+        there, back = scheme.exchange(layer, self.topology)
+        return (there.padded(), back.padded()) if self.padded else (there, back)
+
+    def _volume(self, scheme: Scheme, layer: Census, levels: list[int]) -> Floats:
+        """Bytes that leave units of the levels under a scheme, dispatch and combine together."""
+        there, back = self._exchange(scheme, layer)
+        size = scheme.dispatch_bytes(self.model), scheme.combine_bytes(self.model)
+        once: Floats = there.out[levels].sum(axis=1) * size[0] + back.out[levels].sum(axis=1) * size[1]
+        return once * self.passes
+
     def _phase(self, way: Flows, size: float) -> Phase:
         return phase(
             way,
@@ -158,7 +169,8 @@ class Step:
         """Add a phase's seconds and bytes to those of the links."""
         for order, kind in enumerate(links(way, self.topology)):
             total = busy.setdefault((what, order), _Busy(kind))
-            seconds = seconds_of(kind, size, self.topology, self.scheme.scale_up, self.scheme.nic)
+            rates = self.scheme.scale_up, self.scheme.nic
+            seconds = seconds_of(kind, size, self.topology, *rates, self.background)
             total.seconds += seconds * self.passes
             total.volume += kind.vectors * size * self.passes
 
@@ -199,14 +211,6 @@ class _Busy:
         self.kind = kind
         self.seconds: Floats = np.zeros(len(kind.vectors))
         self.volume: Floats = np.zeros(len(kind.vectors))
-
-
-def _volume(scheme: Scheme, layer: Census, topology: Topology, model: Model, levels: list[int]) -> Floats:
-    """Bytes that leave units of the levels under a scheme, dispatch and combine together."""
-    there, back = scheme.exchange(layer, topology)
-    size = scheme.dispatch_bytes(model), scheme.combine_bytes(model)
-    volume: Floats = there.out[levels].sum(axis=1) * size[0] + back.out[levels].sum(axis=1) * size[1]
-    return volume
 
 
 def _named(values: npt.NDArray[np.float64]) -> dict[str, float]:

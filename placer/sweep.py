@@ -151,7 +151,8 @@ def sweep(
         notes.append("interrupted: rows are missing")
     title = (
         f"{sized.name}, {layers} MoE layers, on {format_shape(topology.shape)} {topology.name}: "
-        f"{topology.num_ranks} GPUs x {tokens_per_gpu:,} tokens, {alltoall} all-to-all"
+        f"{topology.num_ranks} GPUs x {tokens_per_gpu:,} tokens, {alltoall} all-to-all, "
+        f"{sized.dispatch_dtype} dispatch, {sized.combine_dtype} combine"
     )
     return Sweep(title=title, rows=tuple(rows), notes=tuple(notes))
 
@@ -219,7 +220,7 @@ def _notes(model: Model) -> list[str]:
     said = [
         "a step is a forward pass of the MoE layers: dispatch, experts, combine; training moves twice the bytes",
         f"links at their effective bandwidth, no overlap; expert GEMMs at {GEMM_EFFICIENCY:.0%} of the BF16 peak",
-        "a2a/compute is over the compute of an evenly loaded GPU, so that a straggler does not flatter it",
+        "compute is that of an evenly loaded GPU, so that a straggler does not flatter a2a/compute",
     ]
     if model.expert_width is None:
         said.append(f"expert size of model {model.name} unknown: no compute and no ratio")

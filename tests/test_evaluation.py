@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from placer.background import Background
 from placer.errors import GateFailed, Infeasible, InvalidInput
 from placer.evaluation import evaluate
 from placer.model import Model
@@ -309,10 +310,11 @@ def test_a_phase_waits_for_the_largest_latency_of_the_levels_it_uses() -> None:
     topology = replace(H100, levels=(nvlink, nic, uplink))
     trace = Trace(topk_idx=np.array([[[0]]]), num_experts=2)
     placement = Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))
-    hierarchical = evaluate(placement, trace, topology).seconds["dispatch"]
-    naive = evaluate(placement, trace, topology, alltoall="naive").seconds["dispatch"]
-    assert hierarchical == pytest.approx(3.0)  # over the NIC, then over NVLink
-    assert naive == pytest.approx(2.0)  # over the NIC alone
+    alone = evaluate(placement, trace, topology).seconds["dispatch"]
+    assert alone == pytest.approx(2.0)  # over the NIC; one GPU has no link inside its server
+    pairs = replace(topology, levels=(replace(nvlink, fanout=2), nic, uplink))
+    spread = Placement(physical_to_logical=np.array([[0, -1, 1, -1]]), num_experts=2, shape=(1, 2, 2))
+    assert evaluate(spread, trace, pairs).seconds["dispatch"] == pytest.approx(3.0)  # then over NVLink
 
 
 def test_reading_weights_takes_less_time_when_they_are_stored_smaller() -> None:
@@ -449,7 +451,7 @@ def test_the_json_document_holds_the_keys_that_scripts_rely_on() -> None:
     assert document.keys() == {
         *("schema", "tokens", "layers", "alltoall", "replica_choice", "touched", "remote", "bytes_per_token"),
         *("load", "seconds", "bottleneck", "memory", "assumptions", "per_layer"),
-        *("bytes_by_scheme", "overlap", "latency", "links", "dropped", "load_per_step"),
+        *("bytes_by_scheme", "overlap", "latency", "links", "dropped", "steps", "load_per_step"),
     }
     for key in ("touched", "remote", "bytes_per_token", "load"):
         assert list(document[key]) == ["gpu", "server", "rack"]
@@ -568,12 +570,14 @@ def test_the_text_shows_every_level_and_the_step() -> None:
         ],
         overlap={"two_batch": {"total": 2.0, "exposed": 1.0}, "dualpipe": {"total": 4.0, "exposed": 1.0}},
         dropped=0.25,
+        steps={"number": 1200, "tokens": 420.4},
         load_per_step={"gpu": {"mean": 1.5, "p99": 2.0, "max": 2.25}},
     )
     head, gpu, server, rack, step, link, overlap, dropped, per_step = str(report).splitlines()
     assert link.split() == ["server", "1", "NIC", "0", "in", "combine", "2", "MB", "3", "ms"]
     assert overlap == "step with overlap: two batches 2 s, DualPipe 4 s"
     assert "25.00%" in dropped
+    assert "1,200 steps of 420 tokens" in per_step
     assert per_step.endswith("gpu 1.500 / 2.000 / 2.250")
     assert head.split() == ["touched", "remote", "bytes/token", "load", "max/mean", "worst", "layer"]
     assert {len(head), len(gpu), len(server), len(rack)} == {len(head)}
@@ -590,7 +594,7 @@ def test_a_report_explains_itself_in_five_lines() -> None:
     )
     told = report_of(replace(case, placement=spread)).explain().splitlines()
     assert len(told) == 5
-    assert told[1].startswith("The busiest link is gpu 0 out: 33.6 MB of dispatch keep it busy")
+    assert told[1].startswith("The busiest link is server 0 NIC 0 out: 33.6 MB of dispatch keep it busy")
     alone = replace(case.placement, physical_to_logical=np.array([[0, 1, 2], [1, 2, 0]]), shape=(1, 1, 1))
     idle = Trace(topk_idx=np.full((1, 2, 1), -1), num_experts=3)
     told = report_of(Case(alone, idle)).explain().splitlines()
@@ -619,8 +623,33 @@ def test_steps_of_a_trace_show_what_totals_hide() -> None:
     report = report_of(Case(placement, trace))
     assert report.load["server"]["max_over_mean"] == 1.0
     assert report.load_per_step is not None
+    assert report.steps == {"number": 2, "tokens": 2.0}
     assert report.load_per_step["server"] == {"mean": 2.0, "p99": 2.0, "max": 2.0}
     assert report_of(Case(placement, replace(trace, step=None))).load_per_step is None
+
+
+@pytest.mark.parametrize("alltoall", ["hierarchical", "naive", "gpu_dedup", "low_latency"])
+def test_padding_never_makes_anything_cheaper(alltoall: str) -> None:
+    rng = np.random.default_rng(5)
+    trace = Trace(topk_idx=random_topk(rng, 60, 2, 3, 8), num_experts=8)
+    case = Case(
+        Placement(physical_to_logical=np.array([rng.permutation(8)] * 2), num_experts=8, shape=(2, 2, 2)),
+        trace,
+    )
+    plain, padded = (report_of(case, alltoall=alltoall, padded=padded) for padded in (False, True))
+    assert padded.seconds["dispatch"] >= plain.seconds["dispatch"] * (1 - 1e-12)
+    assert padded.seconds["combine"] >= plain.seconds["combine"] * (1 - 1e-12)
+    assert padded.bytes_per_token["server"] > plain.bytes_per_token["server"]
+
+
+def test_other_traffic_can_become_the_bottleneck() -> None:
+    case = uneven()
+    quiet = report_of(case)
+    assert quiet.links[0]["seconds"] < 1e-3
+    busy = report_of(case, background=Background(gpu=1e9))
+    assert busy.bottleneck == "gpu links"
+    assert busy.links[0]["seconds"] > quiet.links[0]["seconds"] + 1e-3
+    assert busy.seconds["dispatch"] == pytest.approx(quiet.seconds["dispatch"] + 2 * 1e9 / 369e9)
 
 
 def test_a_capacity_factor_drops_what_is_above_an_even_share() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from placer.cli import options
 from placer.errors import GateFailed
@@ -19,7 +20,7 @@ _EPILOG = """\b
 Example:
   placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --require 'remote.server<=4.5'
   placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --alltoall low_latency --tokens-per-gpu 128 --explain
-  placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --tokens-per-step 8192 --phase decode
+  placer evaluate placement.json traces/tinymoe.npz -t dgx-h100 --tokens-per-step 256 --phase decode
 """
 
 
@@ -89,6 +90,8 @@ def command(
     remote   touched units other than the home's
     home     the GPU on which a token lives before dispatch; uniform over all GPUs
     load     busiest unit over mean: mean over layers, and the worst layer
+    bytes    leave units over the links of a level for one token: all layers, dispatch and combine
+    step     all layers once, for --tokens-per-gpu tokens on each GPU
     """
     from placer.evaluation import evaluate
     from placer.placement import Placement, format_shape
@@ -100,6 +103,8 @@ def command(
     options.made_for(placed, shape, placement)
     machine = topology.with_shape(placed.shape)
     if tokens_per_step is not None:
+        if ctx.get_parameter_source("tokens_per_gpu") is ParameterSource.DEFAULT:
+            conditions["tokens_per_gpu"] = max(1, round(tokens_per_step / placed.num_ranks))
         routed = routed.rebatch(tokens_per_step, seed=seed, phase=phase)
     elif phase is not None:
         raise click.UsageError("--phase: found no --tokens-per-step, expected one to queue sequences into")

@@ -366,7 +366,7 @@ step = _together(
         type=Traffic(),
         metavar="LEVEL=SIZE,..",
         show_default="none",
-        help="Other traffic on the same links during each phase, per GPU and direction, as gpu=100MB,server=20MB.",
+        help="Other traffic on the same links in each phase of each layer, per GPU and direction: gpu=9MB,server=2MB.",
     ),
     click.option(
         "--queueing",
