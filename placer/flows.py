@@ -47,11 +47,14 @@ class Flows:
         back = self.pairs.reshape(-1, width, width).transpose(0, 2, 1).reshape(self.pairs.shape)
         return Flows(pairs=back, out=self.into, into=self.out)
 
-    def padded(self) -> Flows:
-        """Every port and pair as busy as the busiest: buffers padded to the hottest rank, there and back."""
-        peaks = np.maximum(self.out.max(axis=1, keepdims=True), self.into.max(axis=1, keepdims=True))
-        hottest = np.broadcast_to(peaks, self.into.shape)
-        return Flows(pairs=np.full_like(self.pairs, self.pairs.max(initial=0.0)), out=hottest, into=hottest)
+    def padded(self, topology: Topology) -> Flows:
+        """Every link as busy as the busiest of its kind: buffers padded to the hottest rank, there and back."""
+        ports = np.empty_like(self.out)
+        for level, size in enumerate(topology.unit_sizes):
+            shared = 1 if level <= topology.index("server") else size
+            units = (way[level].reshape(-1, shared).mean(axis=1) for way in (self.out, self.into))
+            ports[level] = max(float(unit.max()) for unit in units)
+        return Flows(pairs=np.full_like(self.pairs, self.pairs.max(initial=0.0)), out=ports, into=ports)
 
     def __add__(self, other: Flows) -> Flows:
         return Flows(pairs=self.pairs + other.pairs, out=self.out + other.out, into=self.into + other.into)

@@ -133,7 +133,7 @@ class Step:
 
     def _exchange(self, scheme: Scheme, layer: Census) -> tuple[Flows, Flows]:
         there, back = scheme.exchange(layer, self.topology)
-        return (there.padded(), back.padded()) if self.padded else (there, back)
+        return (there.padded(self.topology), back.padded(self.topology)) if self.padded else (there, back)
 
     def _volume(self, scheme: Scheme, layer: Census, levels: list[int]) -> Floats:
         """Bytes that leave units of the levels under a scheme, dispatch and combine together."""

@@ -202,6 +202,17 @@ class Topology:
             if level.link != "switch":
                 where = f'level "{level.name}": link is {level.link}'
                 raise InvalidInput(f"{where}, expected switch; mesh and torus join the GPUs of a server")
+        inside = self.levels[: names.index("server") + 1]
+        for level in inside:
+            if level.rails:
+                raise InvalidInput(
+                    f'level "{level.name}": rails is true, expected it only beyond the servers'
+                )
+        if self.levels[0].link != "switch" and len(inside) > 2:
+            where = f'level "gpu": link is {self.levels[0].link}'
+            raise InvalidInput(
+                f"{where}, expected switch, since level {inside[1].name} parts the server's GPUs"
+            )
         for key in ("gpu_memory", "hbm_bandwidth", "flops_bf16", "flops_fp8"):
             _check(key, getattr(self, key), getattr(self, key) > 0, "more than 0")
 

@@ -1,0 +1,1 @@
+"""A real network in the loop: predicted seconds against those that bytes take over sockets."""
