@@ -49,11 +49,12 @@ class Flows:
 
     def padded(self, topology: Topology) -> Flows:
         """Every link as busy as the busiest of its kind: buffers padded to the hottest rank, there and back."""
-        ports = np.empty_like(self.out)
-        for level, size in enumerate(topology.unit_sizes):
-            shared = 1 if level <= topology.index("server") else size
-            units = (way[level].reshape(-1, shared).mean(axis=1) for way in (self.out, self.into))
-            ports[level] = max(float(unit.max()) for unit in units)
+        ports, width = np.empty_like(self.out), gpus(topology)
+        for position, (level, size) in enumerate(zip(topology.levels, topology.unit_sizes, strict=True)):
+            rails = width if level.rails else 1
+            shared = size // rails if position > topology.index("server") else 1
+            links = (way[position].reshape(-1, shared, rails).mean(axis=1) for way in (self.out, self.into))
+            ports[position] = max(float(link.max()) for link in links)
         return Flows(pairs=np.full_like(self.pairs, self.pairs.max(initial=0.0)), out=ports, into=ports)
 
     def __add__(self, other: Flows) -> Flows:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from placer.background import Background, growth
+from placer.background import LEVELS, Background, growth
 from placer.flows import Floats, Flows
 from placer.links import Links, links
 from placer.model import Model
@@ -104,7 +104,8 @@ def seconds_of(
     seconds: Floats = kind.vectors * vector_bytes / rate
     if background is None:
         return seconds
-    other = float(getattr(background, level.name, 0.0)) * kind.gpus / rate
+    named = getattr(background, level.name) if level.name in LEVELS else 0.0
+    other = named * kind.gpus / rate
     if background.queueing and other > 0.0:
         window = seconds + other if background.window is None else background.window
         seconds = seconds * np.vectorize(growth)(other / window)

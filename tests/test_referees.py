@@ -345,6 +345,27 @@ def test_padding_only_adds(case: Situation) -> None:
     assert padded.latency == pytest.approx(plain.latency)
 
 
+@pytest.mark.parametrize(
+    "machine",
+    [
+        "dgx-h100",
+        "dgx-h100-superpod",
+    ],
+)
+@settings(max_examples=20, deadline=None)
+@given(case=situations(shapes=[(2, 2, 2), (2, 1, 4)]))
+def test_padding_makes_every_link_as_busy_as_the_busiest_of_its_kind(machine: str, case: Situation) -> None:
+    """The superpod's racks have an uplink for each rail."""
+    topology = Topology.load(machine).with_shape(case.topology.shape)
+    for layer in case._replace(topology=topology).census():
+        for way in scheme(case.options["alltoall"]).exchange(layer, topology):
+            kinds = zip(links(way, topology), links(way.padded(topology), topology), strict=True)
+            for (one, padded_one), (other, padded_other) in zip(kinds, kinds, strict=True):  # out and in
+                busiest = max(one.vectors.max(), other.vectors.max())
+                assert padded_one.vectors == pytest.approx(np.full(one.vectors.shape, busiest))
+                assert padded_other.vectors == pytest.approx(np.full(other.vectors.shape, busiest))
+
+
 @pytest.mark.parametrize("alltoall", RETURNING)
 @pytest.mark.parametrize("shape", [(1, 4, 4), (1, 16, 1), (1, 1, 16), (2, 2, 4)])
 def test_padding_adds_nothing_where_all_are_equally_busy(alltoall: str, shape: tuple[int, int, int]) -> None:
