@@ -652,6 +652,39 @@ def test_other_traffic_can_become_the_bottleneck() -> None:
     assert busy.seconds["dispatch"] == pytest.approx(quiet.seconds["dispatch"] + 2 * 1e9 / 369e9)
 
 
+def test_the_99th_percentile_of_steps_is_near_the_worst() -> None:
+    """Two even steps and one in which one of two experts has everything."""
+    trace = Trace(topk_idx=np.array([0, 1, 0, 1, 0, 0])[:, None, None], num_experts=2, step=np.arange(6) // 2)
+    placement = Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))
+    report = report_of(Case(placement, trace))
+    assert report.load_per_step is not None
+    assert report.load_per_step["gpu"] == pytest.approx({"mean": 4 / 3, "p99": 1.98, "max": 2.0})
+
+
+def test_tokens_that_live_with_their_experts_cross_nothing() -> None:
+    trace = Trace(topk_idx=np.array([[[0]], [[1]], [[1]]]), num_experts=2, source_rank=np.array([0, 1, 1]))
+    placement = Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))
+    report = report_of(Case(placement, trace), homes="trace")
+    assert (report.remote["server"], report.bytes_per_token["server"]) == (0.0, 0.0)
+    assert report_of(Case(placement, trace)).remote["server"] == 0.5
+
+
+def test_the_seed_deals_sequences_to_gpus() -> None:
+    rng = np.random.default_rng(2)
+    trace = Trace(topk_idx=random_topk(rng, 40, 1, 2, 8), num_experts=8, sequence=np.arange(40) // 3)
+    case = Case(Placement(physical_to_logical=np.arange(8)[None], num_experts=8, shape=(1, 4, 1)), trace)
+    once, again, other = (report_of(case, homes="sticky", seed=seed).to_json() for seed in (0, 0, 1))
+    assert once == again != other
+
+
+def test_copies_share_the_compute_of_an_expert() -> None:
+    trace = Trace(topk_idx=np.array([[[0]]] * 4), num_experts=1)
+    one = Placement(physical_to_logical=np.array([[0, -1]]), num_experts=1, shape=(1, 2, 1))
+    two = replace(one, physical_to_logical=np.array([[0, 0]]))
+    seconds = [report_of(Case(held, trace), model=TOY).seconds["compute"] for held in (one, two)]
+    assert seconds[1] == pytest.approx(seconds[0] / 2, rel=0.05)  # but for the reading of weights
+
+
 def test_a_capacity_factor_drops_what_is_above_an_even_share() -> None:
     trace = Trace(topk_idx=np.array([[[0]], [[0]], [[0]], [[1]]]), num_experts=2)
     placement = Placement(physical_to_logical=np.array([[0, 1]]), num_experts=2, shape=(1, 2, 1))

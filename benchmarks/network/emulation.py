@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ WINDOW, _SMALLEST, _LARGEST = 1 << 15, 1 << 14, 1 << 18
 _PATIENT = "rto_min 10s"
 #: What a bucket saves up, so that a late timer costs no bandwidth.
 _BURST_BYTES, _BURST_SECONDS = 1 << 16, 0.005
-_LOCK = Path(tempfile.gettempdir()) / "placer-network.lock"
+_LOCK = Path("/run/placer-network.lock")
 _PATIENCE = 30.0  # seconds to wait for another network to go
 
 
