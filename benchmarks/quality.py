@@ -162,6 +162,7 @@ def report(rows: Path, book: Path, wanted: Sequence[str], targets_only: bool, ou
         "# Results\n\nWritten by `python -m benchmarks.quality report`; do not edit. `instances.toml` says what each "
         "instance is.\n\n"
         f"{tables.provenance(found)}\n\n## Targets\n\n```text\n{tables.targets_table(found, targets)}\n```\n\n"
+        f"## At equal time\n\n```text\n{tables.races(found)}\n```\n\n"
         f"## All runs\n\n```text\n{tables.summary(found)}\n```\n"
     )
     write_atomically(output, lambda file: file.write(text.encode()))

@@ -247,7 +247,9 @@ def _mean(rows: Sequence[Row], path: str) -> float:
 
 
 def _number(number: float) -> str | None:
-    return None if math.isnan(number) else f"{number:.3e}" if abs(number) >= 1e5 else f"{number:.4f}"
+    if math.isnan(number):
+        return None
+    return f"{number:.4f}" if number == 0.0 or 1e-3 <= abs(number) < 1e5 else f"{number:.4e}"
 
 
 def _score(score: tuple[int, int, int]) -> str | None:
