@@ -22,6 +22,7 @@ from placer.files import nearest
 from placer.quantity import parse_quantity
 
 LINKS = ("switch", "mesh", "torus")
+LARGEST_TORUS = 1024  # every pair of its GPUs is routed
 #: Share of the bandwidth that a multi-path fabric reaches under an all-to-all. Packet-level simulations of balanced
 #: matrices took 1.52 to 1.58 times the bound with flows hashed to paths, 1.09 to 1.27 with packets sprayed over them
 #: (csg-htsim, RoCE and NDP).
@@ -112,6 +113,8 @@ class Level:
                 raise InvalidInput(f"{where}{key} is {found}, expected one of {', '.join(known)}")
         if not isinstance(self.rails, bool):
             raise InvalidInput(f"{where}rails is {shorten(self.rails)}, expected true or false")
+        if self.link == "torus" and self.fanout > LARGEST_TORUS:
+            raise InvalidInput(f"{where}torus of {self.fanout}, expected at most {LARGEST_TORUS} GPUs on it")
         if self.dims and (self.link != "torus" or prod(self.dims) != self.fanout or min(self.dims) < 1):
             expected = f"sides of a torus whose product is the fanout {self.fanout}"
             raise InvalidInput(f"{where}dims is {list(self.dims)}, expected {expected}")

@@ -302,6 +302,10 @@ def test_a_torus_has_two_links_a_dimension_and_keeps_their_rate() -> None:
     assert replace(cube, dims=(8, 8)).pair_bandwidth == pytest.approx(150e9 * 0.82)
 
 
+def test_a_torus_of_too_many_gpus_is_refused() -> None:
+    refused(lambda: Topology.load("tpu-v5p").with_shape("1x1x4096"), "torus of 4096", "at most 1024")
+
+
 def test_a_fabric_of_many_paths_reaches_a_share_of_its_bandwidth() -> None:
     uplink = H100.levels[2]
     for routing, share in (("ideal", 1.0), ("ecmp", 0.65), ("spray", 0.9)):
