@@ -95,7 +95,7 @@ def stages(layer: Layer, rng: np.random.Generator) -> Iterator[tuple[str, Occupa
     patience = tabu.STALL if len(layer.distinct[0]) <= tabu.SAMPLE else tabu.SAMPLE_STALL
     tabu._rounds(layer, layer, elite, best, patience, 0, rng, clock)
     yield "crossing, shuffling", best.occupant
-    best.offer(cpsat.recombined(layer, best.occupant, elite.met, clock)[0])
+    best.offer(cpsat.recombined(layer, best.occupant, elite.met, clock))
     yield "set partition", best.occupant
     if splittable(layer):
         best.offer(resplit(layer, best.occupant))

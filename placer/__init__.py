@@ -11,6 +11,8 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from placer.certificate import Certificate as Certificate
+    from placer.certificate import certify as certify
     from placer.comparison import compare as compare
     from placer.errors import PlacerError as PlacerError
     from placer.evaluation import evaluate as evaluate
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Background": "background",
     "Budget": "solution",
+    "Certificate": "certificate",
     "Level": "topology",
     "Model": "model",
     "Placement": "placement",
@@ -44,6 +47,7 @@ _HOME = {
     "Topology": "topology",
     "Trace": "trace",
     "Traffic": "traffic",
+    "certify": "certificate",
     "compare": "comparison",
     "evaluate": "evaluation",
     "solve": "solution",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -67,6 +69,15 @@ class Clock:
     def allows(self, done: int) -> bool:
         """Whether another round may begin after `done` of them."""
         return not self.expired and (self.rounds is None or done < self.rounds)
+
+    def shares(self, parts: int, at_once: int) -> Iterator[Clock]:
+        """A clock for each part, made when the part begins: time left is shared by the parts not yet begun."""
+        for index in range(parts):
+            waves = math.ceil((parts - index) / at_once)
+            endless = self.deadline == math.inf
+            yield replace(
+                self, deadline=math.inf if endless else time.monotonic() + self.remaining / waves
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         # An event belongs to its process; seconds left carry over to another machine, a deadline does not.

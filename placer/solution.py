@@ -94,6 +94,8 @@ class Result:
         Proven lower bound on the objective; None where none was computed.
     bound_method : str or None
         What proved it.
+    proved_layers : tuple of int
+        Layers whose placement is proved optimal, by the model's numbers.
     caps_raised : list of dict
         Caps above ``max_load`` because load-only packing needs them: layer, level, asked, cap.
     notes : tuple of str
@@ -109,6 +111,7 @@ class Result:
     objective: float
     bound: float | None = None
     bound_method: str | None = None
+    proved_layers: tuple[int, ...] = ()
     caps_raised: list[dict[str, Any]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
@@ -133,6 +136,7 @@ class Result:
             "bound": self.bound,
             "gap": self.gap,
             "bound_method": self.bound_method,
+            "proved_layers": list(self.proved_layers),
             "caps_raised": self.caps_raised,
             "notes": list(self.notes),
         }
@@ -146,6 +150,7 @@ def solve(
     seed: int = 0,
     initial: Placement | None = None,
     jobs: int = 1,
+    prove: bool = False,
     on_event: Callable[[Event], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Result:
@@ -164,6 +169,9 @@ def solve(
         A placement to start from; the result is never worse.
     jobs : int
         Layers at once, on threads; a cluster by ``joblib.parallel_config``.
+    prove : bool
+        Also bound the objective from below, in what time is left, for as long as the search took at most. The
+        placement stays as it is; `placer.certify` takes longer for a better bound.
     on_event : callable, optional
         Called with an `Event` whenever a layer is done.
     stop : threading.Event, optional
@@ -197,7 +205,7 @@ def solve(
         raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
     chosen = _usable(problem, method)
     starts = _initial(problem, initial)
-    _compile(chosen, problem, stop)
+    _compile(chosen, problem, prove, stop)
     begun = time.monotonic()
     clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, gap=budget.gap, stop=stop)
     workers = min(jobs, problem.num_layers)
@@ -207,7 +215,7 @@ def solve(
     )
     tasks = (
         joblib.delayed(_place)(settled.layer(index), method, seed, share, starts[index])
-        for index, share in enumerate(_shares(clock, problem.num_layers, workers))
+        for index, share in enumerate(clock.shares(problem.num_layers, workers))
     )
     log = _Log(problem, method, begun)
     done: dict[int, _Done] = {}
@@ -217,7 +225,12 @@ def solve(
             on_event(log.event(part))
     if len(done) < problem.num_layers:
         raise NoPlacement("stopped before every layer had a placement")
-    result = _result(settled, method, seed, [done[i] for i in range(problem.num_layers)], clock, begun)
+    parts = [done[index] for index in range(problem.num_layers)]
+    if prove:
+        parts = _bounded(settled, parts, clock, begun, workers)
+        if on_event is not None and parts != list(done.values()):
+            on_event(log.summary(parts))
+    result = _result(settled, method, seed, parts, clock, begun)
     if settled.load_margin == problem.load_margin or problem.max_load is None:
         return result
     note = f"load margin auto: caps tightened by {settled.load_margin:.3f} for the sake of unseen tokens"
@@ -334,7 +347,7 @@ def _initial(problem: Problem, initial: Placement | None) -> list[Slots | None]:
     return list(initial.physical_to_logical)
 
 
-def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> None:
+def _compile(chosen: Method, problem: Problem, prove: bool, stop: threading.Event | None) -> None:
     """Run the method on a toy layer with as many levels, so that compilation is not on the clock."""
     levels = len(problem.topology.levels)
     slots = 2 ** (levels + 1)
@@ -356,14 +369,48 @@ def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> 
         toy, rng=np.random.default_rng(0), clock=Clock.start(seconds=5, rounds=1, stop=stop)
     )
     toy.score(placed.slots)
+    if prove:
+        _compile_bounds()
 
 
-def _shares(clock: Clock, layers: int, workers: int) -> Iterator[Clock]:
-    """A clock for each layer, made when the layer begins: time left is shared by the layers not yet begun."""
-    for index in range(layers):
-        waves = math.ceil((layers - index) / workers)
-        deadline = math.inf if clock.deadline == math.inf else time.monotonic() + clock.remaining / waves
-        yield replace(clock, deadline=deadline)
+def _compile_bounds() -> None:
+    """Run the compiled parts of bounds on something small."""
+    from placer.bounds import Partition
+    from placer.bounds.columns import prove
+
+    pairs = np.stack([np.arange(24), (np.arange(24) + 1) % 24], axis=1).astype(np.int16)
+    partition = Partition(
+        num_items=24, units=6, size=4, sets=pairs, count=np.ones(24, np.int64), load=np.full(24, 2)
+    )
+    prove(partition, np.arange(24) // 4, clock=Clock.start(seconds=5))
+
+
+def _bounded(problem: Problem, parts: list[_Done], clock: Clock, begun: float, workers: int) -> list[_Done]:
+    """The layers, with bounds for those that their method gave none."""
+    import joblib
+
+    from placer.certificate import bounded_cost
+
+    without = [part for part in parts if part.placed.bound is None]
+    if problem.num_slots > problem.num_experts or problem.routes is None or not without or clock.expired:
+        return parts
+    spent = time.monotonic() - begun
+    limited = replace(clock, deadline=min(clock.deadline, time.monotonic() + max(spent, 1.0)))
+
+    def bounded(part: _Done, share: Clock) -> _Done:
+        bound, how = bounded_cost(problem.layer(part.index), part.placed.slots, share)
+        bound = min(bound, part.cost)
+        return replace(part, placed=replace(part.placed, bound=bound, bound_method=how))
+
+    run = joblib.Parallel(n_jobs=workers, prefer="threads", pre_dispatch=workers, batch_size=1)
+    shares = limited.shares(len(without), workers)
+    better = {
+        part.index: part
+        for part in run(
+            joblib.delayed(bounded)(part, share) for part, share in zip(without, shares, strict=True)
+        )
+    }
+    return [better.get(part.index, part) for part in parts]
 
 
 class _Log:
@@ -373,6 +420,11 @@ class _Log:
         self.layers, self.tokens = problem.num_layers, problem.num_tokens
         self.method, self.begun = method, begun
         self.done: list[_Done] = []
+
+    def summary(self, parts: list[_Done]) -> Event:
+        """The last event again, of layers that have got bounds since."""
+        self.done = parts[:-1]
+        return self.event(parts[-1])
 
     def event(self, part: _Done) -> Event:
         self.done.append(part)
@@ -413,7 +465,7 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
     if all(b is not None for b in bounds):
         bound = sum(b for b in bounds if b is not None) / problem.num_tokens
     objective = sum(part.cost for part in done) / problem.num_tokens
-    proved = bound is not None and math.isclose(bound, objective, rel_tol=1e-9)
+    proved = all(_proved(part) for part in done)
     names = [level.name for level in problem.topology.levels]
     return Result(
         placement=placement,
@@ -424,10 +476,18 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         status="interrupted" if clock.stop.is_set() else "optimal" if proved else "feasible",
         objective=objective,
         bound=bound,
-        bound_method=None if bound is None else done[0].placed.bound_method,
+        bound_method=", ".join(dict.fromkeys(str(part.placed.bound_method) for part in done))
+        if bound
+        else None,
+        proved_layers=tuple(problem.layer_ids[part.index] for part in done if _proved(part)),
         caps_raised=[{**row, "level": names[int(row["level"])]} for part in done for row in part.raised],
         notes=tuple(_notes(done)),
     )
+
+
+def _proved(part: _Done) -> bool:
+    bound = part.placed.bound
+    return bound is not None and math.isclose(bound, part.cost, rel_tol=1e-9)
 
 
 def _notes(done: list[_Done]) -> Iterator[str]:

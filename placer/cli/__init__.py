@@ -24,6 +24,7 @@ from placer.files import nearest
 COMMANDS = (
     "solve",
     "evaluate",
+    "bound",
     "compare",
     "sweep",
     "inspect",

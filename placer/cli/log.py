@@ -15,6 +15,7 @@ import click
 from placer.report import format_seconds
 
 if TYPE_CHECKING:
+    from placer.certificate import Progress
     from placer.solution import Event
 
 _EVERY = 0.5  # seconds between two lines at least; the last layer always gets one
@@ -141,3 +142,33 @@ def _line(event: Event) -> str:
         f"{event.seconds:6.1f}s {f'{event.done}/{event.layers}':>7} {event.rounds:9d} {'H' if event.improved else ' '} "
         f"{event.method:10} {format_seconds(event.objective):>10} {change:>10} {event.load:6.3f}{proof}"
     )
+
+
+class BoundLog:
+    """Shows how gaps close, at most two lines a second and one for every finished layer."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet, self._shown, self._headed = quiet, -_EVERY, False
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self._quiet:
+            with suppress(OSError):
+                click.echo(text, err=True)
+
+    def add(self, progress: Progress) -> None:
+        """Show a better bound."""
+        if not progress.finished and progress.seconds - self._shown < _EVERY:
+            return
+        self._shown = progress.seconds
+        if not self._headed:
+            self._headed = True
+            self.say(
+                f"{'time':>7} {'layers':>7} {'layer':>6} {'touched':>9} {'best met':>9} {'bound':>9} {'gap':>8}"
+            )
+        gap = (progress.touched - progress.bound) / progress.touched if progress.touched > 0 else 0.0
+        self.say(
+            f"{progress.seconds:6.1f}s {f'{progress.done}/{progress.layers}':>7} {progress.layer:6d} "
+            f"{progress.touched:9.4f} {progress.best:9.4f} {progress.bound:9.4f} {gap:8.2%}"
+            + (" done" if progress.finished else "")
+        )

@@ -398,6 +398,13 @@ load_margin = click.option(
     metavar="auto|F",
     help="Tighten the cap by F, so that it holds on tokens not seen.",
 )
+jobs = click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="one for each core",
+    help="Layers at once.",
+)
 search = _together(
     click.option(
         "--time-limit",
@@ -429,13 +436,7 @@ search = _together(
         metavar="N",
         help="Seed of all random choices.",
     ),
-    click.option(
-        "--jobs",
-        type=click.IntRange(min=1),
-        metavar="N",
-        show_default="one for each core",
-        help="Layers at once.",
-    ),
+    jobs,
 )
 
 

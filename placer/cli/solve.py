@@ -55,6 +55,12 @@ Example:
     type=options.PlacementFile(),
     help="A placement file to start from; the result is never worse.",
 )
+@click.option(
+    "--bound/--no-bound",
+    "prove",
+    default=True,
+    help="Also prove how far from the best possible the result is, in what time is left; 'placer bound' goes further.",
+)
 @click.option("--log", "log_file", type=options.Output(), help="Also write the log, one JSON object a line.")
 @click.option("-o", "--output", type=options.Output(), help="Write the placement file.")
 @options.as_json
@@ -75,6 +81,7 @@ def command(
     seed: int,
     jobs: int | None,
     initial: str | None,
+    prove: bool,
     log_file: Path | None,
     output: Path | None,
     as_json: bool,
@@ -129,6 +136,7 @@ def command(
             "seed": seed,
             "initial": start,
             "jobs": options.workers(jobs),
+            "prove": prove and not spread,
             "on_event": log.add,
             "stop": stop,
         }

@@ -1,36 +1,36 @@
-"""Fewest touched units by choosing whole server contents with CP-SAT: a set-partition master.
+"""Fewest touched units, proved: a search, then set partition over whole unit contents.
 
-Idea: a column is a server content (the experts of one server and how they stand inside it), its cost the
-tokens that touch it, weighted over the levels within; load caps filter columns. CP-SAT picks contents that hold
-every expert once. Where all contents can be listed and one level matters, the optimum is proved and its bound
-reported; elsewhere the columns are all contents that a tabu search met, and the master recombines them.
-The linear relaxation's duals leave only columns that a better partition could use. The search's best
-arrangement is a complete hint, and nothing worse is ever returned.
+Idea: the cost of a partition is the sum of what its contents cost, so the best partition is the cheapest choice of
+contents that holds every expert once (see `placer.bounds.columns` and `placer.master`). Where one level decides and
+no slot is spare, a proof closes in on the search's result from below, and replaces it where it comes upon
+something better. Elsewhere, the contents of servers that a tabu search met are recombined: a column is then the
+experts of one server and how they stand inside it, its cost weighted over the levels within. Nothing worse than the
+search's best is ever returned.
 
 The textbook model (expert-to-server and token-touches-server booleans) has a root bound of one server per
-token and is not used. Complexity: tokens x columns to price them, then CP-SAT's own.
-Wins on layers of up to some ten thousand contents (16 experts, or pairs of experts), where it is a proof.
+token and is not used. Complexity: that of the proof, which takes the time it gets.
+Wins on units of up to eight experts, where it is a proof.
 
 References: Barnhart et al., "Branch-and-Price", 1998, doi:10.1287/opre.46.3.316; OR-Tools CP-SAT.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import numpy.typing as npt
 
+from placer.bounds import Partition, prove
 from placer.clock import Clock
 from placer.layer import Layer, Occupant
+from placer.master import cheapest
 from placer.solvers import Placed, tabu
 
 needs = frozenset({"routes"})
 handles = frozenset({"caps", "levels"})
 
-ALL_CONTENTS = 40_000  # list every content up to so many
-DETERMINISTIC_SECONDS = 20.0  # of CP-SAT's own clock, the same on every machine
+EASY_CONTENTS = 700_000  # a proof over so many possible contents takes a few seconds at most
 
 
 def place(
@@ -46,44 +46,52 @@ def place(
     best, rounds = tabu.search(layer, best, rng=rng, clock=clock, met=met)
     if clock.expired:
         return Placed(slots=layer.slots(best), claim=layer.cost(best), rounds=rounds)
-    found, bound = recombined(layer, best, met, clock)
-    best = min(found, best, key=lambda option: tabu.quality(layer, option))
+    if not one_level(layer):
+        best = min(recombined(layer, best, met, clock), best, key=lambda option: tabu.quality(layer, option))
+        return Placed(slots=layer.slots(best), claim=layer.cost(best), rounds=rounds)
+    level = layer.levels[0]
+    size = layer.unit_slots[level]
+    partition = Partition.of_layer(layer, size, cap=float(layer.caps[level]))
+    proof = prove(partition, layer.positions(best) // size, clock=clock)
+    found = np.argsort(proof.unit_of_item, kind="stable").astype(np.int32)
+    best = min(best, found, key=lambda option: tabu.quality(layer, option))
     return Placed(
         slots=layer.slots(best),
         claim=layer.cost(best),
-        bound=bound,
-        bound_method=None if bound is None else "set partition over all contents",
+        bound=min(layer.cost_of(proof.bound), layer.cost(best)),
+        bound_method=proof.method,
         rounds=rounds,
     )
 
 
+def one_level(layer: Layer) -> bool:
+    """Whether one level alone decides the cost, and copies cannot lower it below any partition's."""
+    return len(layer.levels) == 1 and layer.num_slots == layer.num_experts
+
+
 def provable(layer: Layer) -> bool:
-    """Whether every content of a unit can be listed and one level alone decides the cost.
-
-    With spare slots copies could lower the cost below any partition's, so nothing is proved there.
-    """
-    if len(layer.levels) != 1 or layer.num_slots > 64 or layer.num_slots > layer.num_experts:
-        return False
-    return math.comb(layer.num_slots, int(layer.sizes[0])) <= ALL_CONTENTS
+    """Whether a proof will take a few seconds at most."""
+    return one_level(layer) and math.comb(layer.num_slots, int(layer.sizes[0])) <= EASY_CONTENTS
 
 
-def recombined(
-    layer: Layer, best: Occupant, met: list[Occupant], clock: Clock
-) -> tuple[Occupant, float | None]:
-    """The cheapest partition into known contents, and a lower bound where the contents are all there are."""
+def recombined(layer: Layer, best: Occupant, met: list[Occupant], clock: Clock) -> Occupant:
+    """The cheapest partition into server contents that were met."""
     width = _width(layer)
-    rows = [occupant.reshape(-1, width) for occupant in [best, *met]]
-    contents = np.unique(np.concatenate(rows), axis=0)
-    complete = provable(layer)
-    if complete:
-        contents = np.array(list(itertools.combinations(range(layer.num_slots), width)), np.int32)
+    contents = np.unique(np.concatenate([option.reshape(-1, width) for option in [best, *met]]), axis=0)
     contents = contents[_within_caps(layer, contents)]
     contents, cost = _cheapest_of_equal(contents, _cost(layer, contents))
     held = {tuple(sorted(row)) for row in best.reshape(-1, width).tolist()}
-    hint = np.array([tuple(sorted(row)) in held for row in contents.tolist()])
-    chosen, bound = _partition(contents, cost, hint, layer.num_slots // width, clock)
-    found = contents[chosen].ravel().astype(np.int32)
-    return found, layer.cost_of(bound) if complete else None
+    known = float(cost[[tuple(sorted(row)) in held for row in contents.tolist()]].sum())
+    grain = 1.0 if np.array_equal(cost, np.round(cost)) else known / 2**30
+    choice = cheapest(
+        contents,
+        np.floor(cost / grain),
+        layer.num_slots,
+        layer.num_slots // width,
+        known=math.ceil(known / grain),
+        clock=clock,
+    )
+    return best if choice.chosen is None else contents[choice.chosen].ravel().astype(np.int32)
 
 
 def _width(layer: Layer) -> int:
@@ -135,61 +143,3 @@ def _cheapest_of_equal(
     _, first = np.unique(np.sort(contents[order], axis=1), axis=0, return_index=True)
     keep = order[np.sort(first)]
     return contents[keep], cost[keep]
-
-
-def _partition(
-    contents: npt.NDArray[np.int32],
-    cost: npt.NDArray[np.float64],
-    hint: npt.NDArray[np.bool_],
-    units: int,
-    clock: Clock,
-) -> tuple[npt.NDArray[np.int64], float]:
-    """The cheapest choice of `units` columns that holds every expert once, and a lower bound over all columns.
-
-    With duals p, a partition costs ``sum(p)`` plus its columns' reduced costs r, so it costs at least
-    ``sum(p) + units * min(r)``, and a column whose ``sum(p) + (units - 1) * min(r) + r`` reaches the hint's
-    cost cannot be part of a better one.
-    """
-    from ortools.sat.python import cp_model
-    from scipy.optimize import linprog
-    from scipy.sparse import csc_array
-
-    width, count = contents.shape[1], len(contents)
-    columns = np.repeat(np.arange(count), width)
-    holds = csc_array((np.ones(count * width), (contents.ravel(), columns)), shape=(units * width, count))
-    relaxed = linprog(cost, A_eq=holds, b_eq=np.ones(units * width), method="highs")
-    best, floor = float(cost[hint].sum()), 0.0
-    useful = np.ones(count, bool)
-    if relaxed.status == 0:
-        duals = relaxed.eqlin.marginals
-        reduced = cost - holds.T @ duals
-        rest = float(duals.sum() + (units - 1) * reduced.min())
-        floor = float(duals.sum() + units * reduced.min())
-        useful = (rest + reduced < best) | hint
-    slack = 1e-9 * best  # of the duals' arithmetic
-    whole = bool(np.array_equal(cost, np.round(cost)))
-    floor = math.ceil(floor - slack) if whole else floor - slack
-    kept = np.flatnonzero(useful)
-    unit = 1.0 if whole else best / 2**40
-    model = cp_model.CpModel()
-    picks = [model.new_bool_var("") for _ in kept]
-    holders: list[list[int]] = [[] for _ in range(units * width)]
-    for at, column in enumerate(kept.tolist()):
-        model.add_hint(picks[at], bool(hint[column]))
-        for expert in contents[column].tolist():
-            holders[expert].append(at)
-    for members in holders:
-        model.add_exactly_one(picks[at] for at in members)
-    model.minimize(cp_model.LinearExpr.weighted_sum(picks, np.floor(cost[kept] / unit).astype(int).tolist()))
-    solver = cp_model.CpSolver()
-    solver.parameters.num_workers = 1
-    solver.parameters.catch_sigint_signal = False  # Ctrl-C belongs to the caller
-    solver.parameters.random_seed = 0
-    solver.parameters.max_deterministic_time = DETERMINISTIC_SECONDS
-    solver.parameters.relative_gap_limit = clock.gap
-    solver.parameters.max_time_in_seconds = min(clock.remaining, 1e6)
-    status = solver.solve(model)
-    if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        return np.flatnonzero(hint), floor
-    chosen = kept[[solver.boolean_value(pick) for pick in picks]]
-    return chosen, max(floor, min(best, solver.best_objective_bound * unit))
