@@ -139,8 +139,8 @@ def parts(instance: Instance, traces: Path | None, cache: Path) -> tuple[Trace, 
     InvalidInput
         When the trace is not to be had; the message says why.
     """
-    trace = _trace(instance.source, traces, cache)
-    return instance.fit.of(trace), None if instance.unseen is None else instance.unseen.of(trace)
+    whole = trace(instance.source, traces, cache)
+    return instance.fit.of(whole), None if instance.unseen is None else instance.unseen.of(whole)
 
 
 def _instances(table: dict[str, Any], sources: dict[str, Source]) -> list[Instance]:
@@ -169,7 +169,8 @@ def _part(table: dict[str, Any]) -> Part:
 
 
 @lru_cache(maxsize=1)  # instances of one trace stand together; two large traces need not be held
-def _trace(source: Source, traces: Path | None, cache: Path) -> Trace:
+def trace(source: Source, traces: Path | None, cache: Path) -> Trace:
+    """A whole trace; folders and errors as in `parts`."""
     if source.synth is not None:
         path = cache / f"{source.synth}-{source.layers}x{source.tokens}.npz"
         if not path.exists():
@@ -186,10 +187,10 @@ def _trace(source: Source, traces: Path | None, cache: Path) -> Trace:
         )
     else:
         path = traces / source.file
-    trace = Trace.load(path)
-    if trace.num_tokens != source.tokens:
-        raise InvalidInput(f"{path.name}: found {trace.num_tokens} tokens, expected {source.tokens}")
-    return trace
+    found = Trace.load(path)
+    if found.num_tokens != source.tokens:
+        raise InvalidInput(f"{path.name}: found {found.num_tokens} tokens, expected {source.tokens}")
+    return found
 
 
 def _known(trace: Trace, key: str) -> Any:

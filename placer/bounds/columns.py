@@ -38,6 +38,7 @@ PER_ROOT = 400  # contents that one part of the search may return while prices a
 LISTED = 2_000_000  # contents listed at most
 RADIUS = 0.3  # of the mean price, by which prices may change in the first step
 ACCEPTED = 0.2  # of what a step promises: contents may be so much cheaper than their prices, all together
+FIRST = 0.5  # the same for the first step, so that there soon is a bound at all
 ENOUGH = 0.25  # of the gap: when a step promises less, the gap has other reasons
 
 
@@ -134,7 +135,7 @@ class _Search:
                 continue
             priced = self.tables.price(
                 prices,
-                min(-ACCEPTED * promised / units, -self.blur),
+                min(-(ACCEPTED if self.bound > 0 else FIRST) * promised / units, -self.blur),
                 PER_ROOT * self.partition.num_items,
                 self.workers,
                 self.clock,

@@ -154,10 +154,14 @@ def gather(masks, count, size, chosen, keep, words, slots, stamp, generation, ou
 
 @kernel
 def take(masks, count, size, chosen, words, table):
-    """Take the tokens that use expert `chosen` off the pair counts of the experts they use."""
+    """Take the tokens that use expert `chosen` off the counts of the pairs e <= f of experts that they use.
+
+    `table` is (E * E,) int32: flat, and indexed by unsigned numbers, which cannot count from the end.
+    """
     word, bit = chosen >> 6, np.uint64(1) << np.uint64(chosen & 63)
     one = np.uint64(1)
-    members = np.empty(64 * words, np.int64)
+    side = np.uintp(np.sqrt(table.shape[0]))
+    members = np.empty(64 * words, np.uintp)
     for t in range(size):
         if not masks[t, word] & bit:
             continue
@@ -166,15 +170,14 @@ def take(masks, count, size, chosen, words, table):
             kept = masks[t, x]
             while kept:
                 lowest = kept & (~kept + one)
-                members[n] = 64 * x + BIT[lowest * DE_BRUIJN >> np.uint64(58)]
+                members[n] = np.uintp(64 * x + BIT[lowest * DE_BRUIJN >> np.uint64(58)])
                 n += 1
                 kept ^= lowest
+        tokens = count[t]
         for i in range(n):
-            e = members[i]
-            table[e, e] -= count[t]
-            for j in range(i + 1, n):
-                table[e, members[j]] -= count[t]
-                table[members[j], e] -= count[t]
+            row = members[i] * side
+            for j in range(i, n):
+                table[row + members[j]] -= tokens
 
 
 @kernel
@@ -299,9 +302,14 @@ def price_contents(
             for j in range(many[depth]):
                 table[child, e, left[depth, j]] = table[depth, e, left[depth, j]]
         if depth == 0:
-            take(masks, count, masks.shape[0], a, words, table[child])
+            take(masks, count, masks.shape[0], a, words, table[child].reshape(-1))
         else:
-            take(sets[depth], weight[depth], tokens[depth], a, words, table[child])
+            take(sets[depth], weight[depth], tokens[depth], a, words, table[child].reshape(-1))
+        for i in range(many[child]):
+            e = left[child, i]
+            for j in range(i):
+                f = left[child, j]
+                table[child, max(e, f), min(e, f)] = table[child, min(e, f), max(e, f)]
         if child < size:
             tokens[child] = -1
         depth = child

@@ -1,0 +1,221 @@
+"""How close bounds come, and how fast: ``python -m benchmarks.certificates --traces DIR``.
+
+Every layer of a case is solved by tabu search, then certified within a time limit on all cores; certificates by column
+generation over equal units are checked again by `benchmarks.recheck`. Writes a page, case by case.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import joblib
+import numpy as np
+
+from benchmarks import instances
+from benchmarks.quality import CACHE
+from benchmarks.recheck import confirmed
+from placer import Budget, Problem, Topology, Trace, certify, solve
+from placer.certificate import LayerBound
+from placer.clock import Clock
+from placer.errors import PlacerError
+from placer.files import write_atomically
+
+PAGE = """\
+# Certificates
+
+`python -m benchmarks.certificates --traces DIR`. Each layer: tabu search, then `placer.certify` with a time limit of
+its own, on {jobs} threads; all tokens of the trace. Gap: (best placement met - bound) / best, mean and worst layer.
+Seconds: of the bound, median and worst layer. Better: layers in which the proof came upon a better placement than the
+search. Checked: certificates confirmed by `benchmarks/recheck.py`, which shares no code with what found them (the tests
+check all kinds on small cases).
+
+| case | tokens x layers | target | proved optimal | gap | seconds | better | checked |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+ROOT = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the page: `layers` of a trace (all of them: None), and what is asked for."""
+
+    name: str
+    source: instances.Source
+    shape: str
+    target: str
+    seconds: float  # of one layer
+    layers: tuple[int, ...] | None = None
+    max_load: float | None = None
+    gap: float = 0.0
+    whole_groups: bool = False
+
+
+OLMOE = instances.Source(file="olmoe-1b7b-decode-even.npz", tokens=25_600)
+GPT_OSS = instances.Source(file="gptoss-20b-decode-even.npz", tokens=55_314)
+E128 = instances.Source(synth="qwen3-like", layers=1, tokens=100_000)
+E256 = instances.Source(synth="dsv3-like", layers=4, tokens=100_000)
+ONE = (0,)
+
+CASES = (
+    Case(
+        name="2 a server, E=64 (OLMoE)", source=OLMOE, shape="1x32x1", target="optimal, seconds", seconds=60
+    ),
+    Case(
+        name="2 a server, E=256 (synthetic)",
+        source=E256,
+        shape="1x128x1",
+        target="optimal, seconds",
+        seconds=60,
+    ),
+    Case(
+        name="2 gate groups a server, E=256 (synthetic)",
+        source=E256,
+        shape="1x4x8",
+        target="optimal, seconds",
+        seconds=60,
+        whole_groups=True,
+    ),
+    Case(name="4 a server, E=64 (OLMoE)", source=OLMOE, shape="1x16x1", target="proved", seconds=60),
+    Case(
+        name="4 a server, E=128 (synthetic)", source=E128, shape="1x32x1", target="0.05 % in 60 s", seconds=60
+    ),
+    Case(name="8 a server, E=32 (gpt-oss)", source=GPT_OSS, shape="1x4x1", target="proved, 15 s", seconds=15),
+    Case(
+        name="8 a server, E=32 (gpt-oss), cap 1.05",
+        source=GPT_OSS,
+        shape="1x4x1",
+        target="proved, 2 min",
+        seconds=120,
+        max_load=1.05,
+    ),
+    Case(
+        name="8 a server, E=64 (OLMoE)",
+        source=OLMOE,
+        shape="1x8x1",
+        target="0.1 % or proved, 2 min",
+        seconds=120,
+    ),
+    Case(
+        name="16 a server, E=64 (OLMoE)",
+        source=OLMOE,
+        shape="1x4x1",
+        target="8 % in 2 min",
+        seconds=120,
+        layers=(0, 5, 10, 15),
+    ),
+    Case(
+        name="8 a server, E=128 (synthetic)",
+        source=E128,
+        shape="1x16x1",
+        target="2 % in 5 min",
+        seconds=300,
+        gap=0.02,
+    ),
+    Case(
+        name="8 a server, E=256 (synthetic)",
+        source=E256,
+        shape="1x32x1",
+        target="10 % in 5 min",
+        seconds=300,
+        layers=ONE,
+        gap=0.1,
+    ),
+)
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def certified(case: Case, trace: Trace, layer: int, jobs: int) -> tuple[LayerBound, float, bool | None]:
+    """The bound of one layer, its wall seconds, and whether it was confirmed (None: not of a kind that is checked)."""
+    one = Trace(
+        topk_idx=np.asarray(trace.topk_idx[:, [layer]]),
+        num_experts=trace.num_experts,
+        num_groups=trace.num_groups,
+    )
+    machine = Topology.load("dgx-h100").with_shape(case.shape)
+    problem = Problem.from_trace(one, machine, max_load=case.max_load, load_margin=0.0, gpu_memory=1e15)
+    found = solve(problem, "tabu", budget=Budget(seconds=20.0), jobs=jobs)
+    begun = time.monotonic()
+    certificate = certify(
+        found.placement,
+        problem,
+        whole_groups=case.whole_groups,
+        clock=Clock.start(seconds=case.seconds, gap=case.gap),
+        jobs=jobs,
+    )
+    seconds = time.monotonic() - begun
+    bound = certificate.layers[0]
+    partition, proof = bound.partition, bound.proof
+    if "prices" not in proof.certificate or partition.units * partition.size != partition.num_items:
+        return bound, seconds, None
+    if partition.num_items > 64 and partition.size > 4:
+        return bound, seconds, None  # the plain branch and bound would take hours
+    return (
+        bound,
+        seconds,
+        confirmed(
+            partition.sets.astype(np.int64),
+            partition.count,
+            partition.load,
+            units=partition.units,
+            size=partition.size,
+            cap=partition.cap,
+            bound=proof.bound,
+            certificate=proof.certificate,
+        ),
+    )
+
+
+def row(case: Case, trace: Trace, jobs: int) -> str:
+    """One row of the page's table."""
+    layers = range(trace.num_layers) if case.layers is None else case.layers
+    done = [certified(case, trace, layer, jobs) for layer in layers]
+    gaps = [max(0.0, 1 - bound.bound / bound.best) for bound, _, _ in done]
+    seconds = [spent for _, spent, _ in done]
+    checked = [good for _, _, good in done if good is not None]
+    proved = sum(bound.bound >= bound.best for bound, _, _ in done)
+    better = sum(bound.best < bound.touched for bound, _, _ in done)
+    cells = (
+        case.name,
+        f"{trace.num_tokens:,} x {len(done)}",
+        case.target,
+        f"{proved} of {len(done)}",
+        f"{np.mean(gaps):.3%}, {max(gaps):.3%}",
+        f"{np.median(seconds):.1f}, {max(seconds):.1f}",
+        str(better),
+        f"{sum(checked)} of {len(checked)}" if checked else "-",
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+@click.command()
+@click.option("--traces", type=_FOLDER, envvar="PLACER_TRACES", help="Folder of the recorded traces.")
+@click.option("--cache", type=_FOLDER, default=CACHE, show_default=True, help="Folder of synthetic ones.")
+@click.option("--case", "wanted", multiple=True, help="Only cases whose name contains this; may repeat.")
+@click.option("--jobs", type=int, default=joblib.cpu_count(), help="Threads.")
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "CERTIFICATES.md"
+)
+def main(traces: Path | None, cache: Path, wanted: tuple[str, ...], jobs: int, output: Path) -> None:
+    """Certify every case and write the page."""
+    lines = [*PAGE.format(jobs=jobs).splitlines()]
+    for case in CASES:
+        if wanted and not any(part in case.name for part in wanted):
+            continue
+        try:
+            trace = instances.trace(case.source, traces, cache)
+        except PlacerError as error:
+            click.echo(f"{case.name}: skipped: {error}", err=True)
+            continue
+        lines.append(row(case, trace, jobs))
+        click.echo(lines[-1])
+        text = "\n".join(lines) + "\n"
+        write_atomically(output, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+
+
+if __name__ == "__main__":
+    main()
