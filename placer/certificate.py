@@ -23,7 +23,7 @@ from placer.problem import Problem
 Ints = npt.NDArray[np.int64]
 
 SCHEMA = "placer/bound/1"
-SEARCH_SHARE = 0.25  # of a layer's time, for a partition to close in on from above
+SEARCH_SHARE, SEARCH_ROUNDS = 0.1, 8  # of a layer's time, for a partition to close in on from above
 
 WITH_COPIES = "no bound: with copies the cost of a server's experts depends on what the other servers hold"
 
@@ -386,9 +386,8 @@ def _start(layer: Layer, slots: npt.NDArray[np.int32], level: int, whole_groups:
     seconds[level] = 1.0
     alone = replace(layer, seconds=tuple(seconds))
     start = tabu.fallback(alone, slots)
-    limited = replace(
-        clock, deadline=time.monotonic() + SEARCH_SHARE * min(clock.remaining, 1e6), rounds=None
-    )
+    seconds_left = SEARCH_SHARE * min(clock.remaining, 1e6)
+    limited = replace(clock, deadline=time.monotonic() + seconds_left, rounds=SEARCH_ROUNDS)
     if not clock.expired:
         start, _ = tabu.search(alone, start, rng=np.random.default_rng([0, layer.index]), clock=limited)
     return _unit_of_expert(layer, layer.slots(start), level)

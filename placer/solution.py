@@ -170,7 +170,7 @@ def solve(
     jobs : int
         Layers at once, on threads; a cluster by ``joblib.parallel_config``.
     prove : bool
-        Also bound the objective from below, in what time is left, for as long as the search took at most. The
+        Also bound the objective from below, in what time is left, for half as long as the search took. The
         placement stays as it is; `placer.certify` takes longer for a better bound.
     on_event : callable, optional
         Called with an `Event` whenever a layer is done.
@@ -395,7 +395,7 @@ def _bounded(problem: Problem, parts: list[_Done], clock: Clock, begun: float, w
     if problem.num_slots > problem.num_experts or problem.routes is None or not without or clock.expired:
         return parts
     spent = time.monotonic() - begun
-    limited = replace(clock, deadline=min(clock.deadline, time.monotonic() + max(spent, 1.0)))
+    limited = replace(clock, deadline=min(clock.deadline, time.monotonic() + max(spent / 2, 1.0)))
 
     def bounded(part: _Done, share: Clock) -> _Done:
         bound, how = bounded_cost(problem.layer(part.index), part.placed.slots, share)

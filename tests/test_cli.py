@@ -95,6 +95,7 @@ def test_json_is_one_document_on_stdout(command: str, trace: Path, placement: Pa
         "sweep": ("--preset", "article"),
         "inspect": (trace,),
         "check": (placement, trace),
+        "bound": (placement, trace, "-t", "dgx-h100"),
         "synth": ("olmoe-like", "--layers", 1, "--tokens", 50, "-o", tmp_path / "t.npz"),
     }
     outcome = placer(command, *arguments.get(command, ()), "--json")
@@ -255,7 +256,8 @@ def test_the_log_file_holds_an_event_for_each_layer(trace: Path, tmp_path: Path)
     path = tmp_path / "log.jsonl"
     assert placer("solve", trace, *MACHINE, *QUICK, "--quiet", "--log", path).code == 0
     events = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [event["done"] for event in events] == [1, 2]
+    assert [event["done"] for event in events] == [1, 2, 2]
+    assert [event["bound"] is None for event in events] == [True, True, False]  # the last time with bounds
 
 
 def test_an_initial_placement_is_never_made_worse(trace: Path, placement: Path) -> None:
