@@ -59,10 +59,16 @@ GPT_OSS = instances.Source(file="gptoss-20b-decode-even.npz", tokens=55_314)
 E128 = instances.Source(synth="qwen3-like", layers=1, tokens=100_000)
 E256 = instances.Source(synth="dsv3-like", layers=4, tokens=100_000)
 ONE = (0,)
+ROUNDS = 10  # of tabu search, before
 
 CASES = (
     Case(
-        name="2 a server, E=64 (OLMoE)", source=OLMOE, shape="1x32x1", target="optimal, seconds", seconds=60
+        name="2 a server, E=64 (OLMoE)",
+        source=OLMOE,
+        shape="1x32x1",
+        target="optimal, seconds",
+        seconds=60,
+        layers=(0, 5, 10, 15),
     ),
     Case(
         name="2 a server, E=256 (synthetic)",
@@ -70,6 +76,7 @@ CASES = (
         shape="1x128x1",
         target="optimal, seconds",
         seconds=60,
+        layers=ONE,
     ),
     Case(
         name="2 gate groups a server, E=256 (synthetic)",
@@ -104,8 +111,8 @@ CASES = (
         source=OLMOE,
         shape="1x4x1",
         target="8 % in 2 min",
-        seconds=120,
-        layers=(0, 5, 10, 15),
+        seconds=60,
+        layers=(0, 10),
     ),
     Case(
         name="8 a server, E=128 (synthetic)",
@@ -138,7 +145,7 @@ def certified(case: Case, trace: Trace, layer: int, jobs: int) -> tuple[LayerBou
     )
     machine = Topology.load("dgx-h100").with_shape(case.shape)
     problem = Problem.from_trace(one, machine, max_load=case.max_load, load_margin=0.0, gpu_memory=1e15)
-    found = solve(problem, "tabu", budget=Budget(seconds=20.0), jobs=jobs)
+    found = solve(problem, "tabu", budget=Budget(seconds=20.0, rounds=ROUNDS), jobs=jobs)
     begun = time.monotonic()
     certificate = certify(
         found.placement,

@@ -26,6 +26,7 @@ Slots = npt.NDArray[np.int32]
 
 SCHEMA = "placer/result/1"
 OBJECTIVE_UNIT = "seconds per token"
+LEAST_PROOF = 5.0  # seconds that a proof may take even where the search took less
 MARGIN_LAYERS = 16  # layers that the automatic load margin is estimated from
 
 
@@ -170,7 +171,7 @@ def solve(
     jobs : int
         Layers at once, on threads; a cluster by ``joblib.parallel_config``.
     prove : bool
-        Also bound the objective from below, in what time is left, for half as long as the search took. The
+        Also bound the objective from below, in what time is left, for as long as the search took. The
         placement stays as it is; `placer.certify` takes longer for a better bound.
     on_event : callable, optional
         Called with an `Event` whenever a layer is done.
@@ -395,7 +396,7 @@ def _bounded(problem: Problem, parts: list[_Done], clock: Clock, begun: float, w
     if problem.num_slots > problem.num_experts or problem.routes is None or not without or clock.expired:
         return parts
     spent = time.monotonic() - begun
-    limited = replace(clock, deadline=min(clock.deadline, time.monotonic() + max(spent / 2, 1.0)))
+    limited = replace(clock, deadline=min(clock.deadline, time.monotonic() + max(spent, LEAST_PROOF)))
 
     def bounded(part: _Done, share: Clock) -> _Done:
         bound, how = bounded_cost(problem.layer(part.index), part.placed.slots, share)

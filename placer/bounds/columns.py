@@ -37,8 +37,11 @@ NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents that one part of the search may return while prices are still wrong
 LISTED = 2_000_000  # contents listed at most
 RADIUS = 0.3  # of the mean price, by which prices may change in the first step
-ACCEPTED = 0.2  # of what a step promises: contents may be so much cheaper than their prices, all together
-FIRST = 0.5  # the same for the first step, so that there soon is a bound at all
+ACCEPTED, COARSE = (
+    0.2,
+    0.5,
+)  # of what a step promises: contents may be so much cheaper than prices, all together
+FAR = 0.05  # of the cost: steps that promise more are coarse, for a bound that soon is useful
 ENOUGH = 0.25  # of the gap: when a step promises less, the gap has other reasons
 
 
@@ -135,7 +138,7 @@ class _Search:
                 continue
             priced = self.tables.price(
                 prices,
-                min(-(ACCEPTED if self.bound > 0 else FIRST) * promised / units, -self.blur),
+                min(-self._accepted(promised), -self.blur),
                 PER_ROOT * self.partition.num_items,
                 self.workers,
                 self.clock,
@@ -149,13 +152,18 @@ class _Search:
             elif math.isfinite(priced.floor):  # far enough to make up for what was too cheap
                 radius = max(radius / 2, -2 * priced.floor / self.partition.size)
 
+    def _accepted(self, promised: float) -> float:
+        """How much cheaper than its prices a content may be."""
+        share = COARSE if promised > FAR * self.scale else ACCEPTED
+        return share * promised / self.partition.units
+
     def _relax(self, around: Floats, radius: float) -> Prices:
         """The relaxation's prices, once descents from the contents it uses find none that is cheaper by far."""
         partition = self.partition
         while True:
             prices = master.relax(self.rows, self.cost, partition.num_items, partition.units, around, radius)
             promised = prices.total(partition.units) - self.bound
-            limit = min(-ACCEPTED * promised / partition.units, -self.blur)
+            limit = min(-self._accepted(promised), -self.blur)
             found = [self.tables.descend(self.rows[at], prices, limit) for at in prices.used]
             if self.clock.expired or not found:
                 return prices

@@ -157,7 +157,7 @@ def command(
     level = deciding_level(machine)
     gain = against(report, baseline, level, copies=result.placement.has_copies)
     notes = (*result.notes, *_on_caps(result, limits["max_load"], keeps_caps))
-    summary = [*(f"note: {note}" for note in notes), f"against linear: {gain}"]
+    summary = [*(f"note: {note}" for note in notes), *_on_proof(result), f"against linear: {gain}"]
     log.say(f"{result.status} in {result.seconds:.1f} s")
     if as_json:
         log.say("\n".join(summary))
@@ -171,6 +171,19 @@ def command(
     options.show(document, "\n".join([str(report), f"placement {written}", *summary]), as_json)
     if interrupted:
         ctx.exit(EXIT_CODE)
+
+
+def _on_proof(result: Result) -> list[str]:
+    """How far from the best possible the objective is, where that was bounded."""
+    if result.gap is None:
+        return []
+    layers, proved = result.placement.num_layers, len(result.proved_layers)
+    if proved == layers:
+        return [f"proof: optimal within its load caps in all {layers} layers ({result.bound_method})"]
+    said = f"proof: within {result.gap:.2%} of the best possible objective"
+    return [
+        f"{said}, {proved} of {layers} layers optimal ({result.bound_method}); 'placer bound' goes further"
+    ]
 
 
 def _on_caps(result: Result, max_load: float | None, keeps_caps: bool) -> list[str]:

@@ -17,6 +17,8 @@ References: Barnhart et al., "Branch-and-Price", 1998, doi:10.1287/opre.46.3.316
 from __future__ import annotations
 
 import math
+import time
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +45,8 @@ def place(
     if clock.expired:
         return Placed(slots=layer.slots(best), notes=(tabu.OUT_OF_TIME,))
     met: list[Occupant] = []
-    best, rounds = tabu.search(layer, best, rng=rng, clock=clock, met=met)
+    half = replace(clock, deadline=time.monotonic() + clock.remaining / 2)
+    best, rounds = tabu.search(layer, best, rng=rng, clock=half, met=met)
     if clock.expired:
         return Placed(slots=layer.slots(best), claim=layer.cost(best), rounds=rounds)
     if not one_level(layer):
