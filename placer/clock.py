@@ -75,9 +75,7 @@ class Clock:
         for index in range(parts):
             waves = math.ceil((parts - index) / at_once)
             endless = self.deadline == math.inf
-            yield replace(
-                self, deadline=math.inf if endless else time.monotonic() + self.remaining / waves
-            )
+            yield replace(self, deadline=math.inf if endless else time.monotonic() + self.remaining / waves)
 
     def __getstate__(self) -> dict[str, Any]:
         # An event belongs to its process; seconds left carry over to another machine, a deadline does not.

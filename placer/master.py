@@ -78,7 +78,7 @@ def relax(rows: Rows, cost: Floats, items: int, units: int, around: Floats, radi
     box = [*zip(around - radius, around + radius, strict=True), *[(None, None)] * counted]
     solved = linprog(-worth, A_ub=holds.tocsr(), b_ub=cost, bounds=box, method="highs")
     if solved.status != 0:
-        return Prices(item=around, unit=0.0, used=np.arange(0), at_border=False)
+        return Prices(item=_rounded(around), unit=0.0, used=np.arange(0), at_border=False)
     price = _rounded(solved.x)
     return Prices(
         item=price[:items],

@@ -256,7 +256,7 @@ def test_what_is_told_only_gets_better(seed: int) -> None:
     bound, best = zip(*told, strict=True)
     assert list(bound) == sorted(bound)
     assert list(best) == sorted(best, reverse=True)
-    assert max(bound) <= least  # type: ignore[operator]
+    assert max(bound) <= least
     if partition.allows(start):
         assert best[-1] == partition.cost(proof.unit_of_item)
         assert bound[-1] == proof.bound
@@ -391,7 +391,7 @@ def test_the_checker_finds_every_content_that_is_missing(certified: tuple[Partit
     contents = proof.certificate["contents"]
     for content in np.unique(contents, axis=0):  # an empty one is listed for every unit
         kept = contents[(contents != content).any(axis=1)]
-        said = complaints(tokens_of(partition), proof.certificate | {"contents": kept}, proof.bound)
+        said = complaints(tokens_of(partition), dict(proof.certificate) | {"contents": kept}, proof.bound)
         assert said[0].startswith("1 contents within reach")
 
 
@@ -400,7 +400,7 @@ def test_the_checker_finds_contents_that_make_something_cheaper(certified: tuple
     partition, proof = certified
     best = partition.contents(proof.unit_of_item)
     more = np.concatenate([proof.certificate["contents"], best])
-    wrong = proof.certificate | {"contents": more, "reach": float(proof.certificate["reach"])}
+    wrong = dict(proof.certificate) | {"contents": more, "reach": float(proof.certificate["reach"])}
     said = complaints(tokens_of(partition), wrong, partition.cost(proof.unit_of_item) + 1)
     assert any("make a partition that costs" in line for line in said)
 

@@ -46,8 +46,8 @@ ENOUGH = 0.25  # of the gap: when a step promises less, the gap has other reason
 
 
 def suits(partition: Partition) -> bool:
-    """Whether the tokens fit the search's tables."""
-    return partition.size <= 10
+    """Whether units are small enough for the search, and the tokens countable in its tables."""
+    return partition.size <= 10 and int(partition.count.sum()) < 2**31
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -261,7 +261,7 @@ def price_contents(
     Returns
     -------
     What no such content goes below: the limit, or less where one did, or where the search ended early because of
-    `stop` or full `rows`.
+    `stop` or because `rows` had no place left.
     """
     experts, words = price.shape[0], masks.shape[1]
     table = np.empty((size + 1, experts, experts), np.int32)
@@ -386,7 +386,7 @@ def price_contents(
             a = candidates[best]
         if a < 0:
             return floor
-        if stop[0] or found[0] >= rows.shape[0]:
+        if stop[0] or found[0] > rows.shape[0]:
             for d in range(2, depth + 2):
                 floor = min(floor, hope[d])
             return floor
