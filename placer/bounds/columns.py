@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from placer.bounds import Floats, Ints, Partition, Proof, Rows, Tell
 from placer.clock import Clock
 from placer.master import Prices
 
+ALL = 50_000  # possible contents up to which all are in the relaxation from the start
 POOL = 8_000  # contents of the first relaxation
 NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents that one part of the search may return while prices are still wrong
@@ -107,7 +108,9 @@ class _Search:
         self.bound = 0.0
         self.steady: Prices | None = None  # those of the best bound
         self.certificate: dict[str, Any] = {}
-        self.rows, self.cost = self._first_contents()
+        every = math.comb(partition.num_items, partition.size)
+        self.all_known = partition.least == partition.size and every <= ALL
+        self.rows, self.cost = self._all_contents() if self.all_known else self._first_contents()
 
     @property
     def closed(self) -> bool:
@@ -127,7 +130,7 @@ class _Search:
         """Move the prices in steps, as far as the contents found on the way confirm what the step promises."""
         units = self.partition.units
         around = self.tables.shares(self.best)
-        radius = RADIUS * float(around.mean())
+        radius = math.inf if self.all_known else RADIUS * float(around.mean())
         while not self.closed and not self.clock.expired:
             prices = self._relax(around, radius)
             promised = prices.total(units) - self.bound
@@ -163,6 +166,8 @@ class _Search:
         while True:
             prices = master.relax(self.rows, self.cost, partition.num_items, partition.units, around, radius)
             promised = prices.total(partition.units) - self.bound
+            if self.all_known:
+                return prices
             limit = min(-self._accepted(promised), -self.blur)
             found = [self.tables.descend(self.rows[at], prices, limit) for at in prices.used]
             if self.clock.expired or not found:
@@ -225,6 +230,16 @@ class _Search:
         self.rows = np.concatenate([self.rows, rows[wrong]])
         self.cost = np.concatenate([self.cost, cost[wrong]])
         return bool(wrong.any())
+
+    def _all_contents(self) -> tuple[Rows, Floats]:
+        """The incumbent's contents and every other one within the cap, and what they cost."""
+        partition = self.partition
+        contents = partition.contents(self.best)
+        free = Prices(item=np.zeros(partition.num_items), unit=0.0, used=np.arange(0), at_border=False)
+        priced = self.tables.price(
+            free, math.inf, 8 * ALL, self.workers, replace(self.clock, deadline=math.inf)
+        )
+        return np.concatenate([contents, priced.rows]), np.append(self.tables.cost(contents), priced.above)
 
     def _first_contents(self) -> tuple[Rows, Floats]:
         """The incumbent's contents, and those one exchange away that cost least above what its items now cost."""
