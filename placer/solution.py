@@ -26,6 +26,7 @@ Slots = npt.NDArray[np.int32]
 
 SCHEMA = "placer/result/1"
 OBJECTIVE_UNIT = "seconds per token"
+SECONDS_TO_BOUND = 1e-7  # a token and expert, until there is a bound worth having
 LEAST_PROOF = 5.0  # seconds that a proof may take even where the search took less
 MARGIN_LAYERS = 16  # layers that the automatic load margin is estimated from
 
@@ -397,6 +398,11 @@ def _bounded(problem: Problem, parts: list[_Done], clock: Clock, begun: float, w
         return parts
     spent = time.monotonic() - begun
     limited = replace(clock, deadline=min(clock.deadline, time.monotonic() + max(spent, LEAST_PROOF)))
+    if (
+        limited.remaining * workers
+        < len(without) * problem.num_tokens * problem.num_experts * SECONDS_TO_BOUND
+    ):
+        return parts  # a layer's first bound would take longer than its share
 
     def bounded(part: _Done, share: Clock) -> _Done:
         bound, how = bounded_cost(problem.layer(part.index), part.placed.slots, share)

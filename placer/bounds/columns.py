@@ -38,11 +38,9 @@ NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents that one part of the search may return while prices are still wrong
 LISTED = 2_000_000  # contents listed at most
 RADIUS = 0.3  # of the mean price, by which prices may change in the first step
-ACCEPTED, COARSE = (
-    0.2,
-    0.5,
-)  # of what a step promises: contents may be so much cheaper than prices, all together
-FAR = 0.05  # of the cost: steps that promise more are coarse, for a bound that soon is useful
+# Of what a step promises, contents may be so much cheaper than their prices all together: in late and early steps.
+ACCEPTED, COARSE = 0.2, 0.5
+FAR = 0.05  # of the cost: a step that promises more is early
 ENOUGH = 0.25  # of the gap: when a step promises less, the gap has other reasons
 
 
