@@ -157,7 +157,7 @@ def certified(case: Case, trace: Trace, layer: int, jobs: int) -> tuple[LayerBou
     seconds = time.monotonic() - begun
     bound = certificate.layers[0]
     partition, proof = bound.partition, bound.proof
-    if "prices" not in proof.certificate or partition.units * partition.size != partition.num_items:
+    if "unit_price" not in proof.certificate or partition.units * partition.size != partition.num_items:
         return bound, seconds, None
     if partition.num_items > 64 and partition.size > 4:
         return bound, seconds, None  # the plain branch and bound would take hours

@@ -58,6 +58,8 @@ class LayerBound:
         Touched units per token: of the placement, of the best placement met, and of no placement less.
     method : str
         What proves the bound.
+    allowed : bool
+        Whether the placement is one of those that are bounded: within the cap, with its gate groups whole if asked for.
     seconds : float
     partition, proof
         What was bounded, and the proof with its certificate.
@@ -68,19 +70,20 @@ class LayerBound:
     best: float
     bound: float
     method: str
+    allowed: bool
     seconds: float
     partition: Partition
     proof: Proof
 
     @property
     def gap(self) -> float:
-        """(touched - bound) / touched."""
+        """(touched - bound) / touched; less than 0 where a placement that is not allowed touches fewer."""
         return (self.touched - self.bound) / self.touched if self.touched > 0 else 0.0
 
     @property
     def proved(self) -> bool:
         """Whether the placement is proved optimal."""
-        return self.bound >= self.touched
+        return self.allowed and self.bound >= self.touched
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``per_layer``."""
@@ -173,7 +176,7 @@ class Certificate:
                     str(one.layer),
                     f"{one.touched:.4f}",
                     f"{one.bound:.4f}",
-                    "optimal" if one.proved else f"{one.gap:.2%}",
+                    "optimal" if one.proved else f"{one.gap:.2%}" if one.allowed else "not allowed",
                     f"{one.best:.4f}",
                     f"{one.seconds:.1f}",
                     one.method,
@@ -316,6 +319,7 @@ def certify(
             best=best,
             bound=proof.bound / problem.num_tokens,
             method=proof.method,
+            allowed=_allowed(layer, placement.physical_to_logical[index], at, partition, whole_groups),
             seconds=time.monotonic() - started,
             partition=partition,
             proof=proof,
@@ -371,6 +375,17 @@ def _unit_of_expert(layer: Layer, slots: npt.NDArray[np.int32], level: int) -> I
     return unit
 
 
+def _allowed(
+    layer: Layer, slots: npt.NDArray[np.int32], level: int, partition: Partition, whole_groups: bool
+) -> bool:
+    """Whether a placement is one of those that are bounded."""
+    unit = _unit_of_expert(layer, slots, level)
+    heat = np.bincount(unit, weights=layer.load, minlength=partition.units)
+    groups = unit.reshape(layer.num_groups, -1)
+    whole = not whole_groups or bool((groups == groups[:, :1]).all())
+    return whole and bool(heat.max() <= partition.cap)
+
+
 def _start(layer: Layer, slots: npt.NDArray[np.int32], level: int, whole_groups: bool, clock: Clock) -> Ints:
     """The best partition of one level that a short search finds, from the placement's own on."""
     from placer.solvers import tabu
@@ -399,6 +414,9 @@ def _notes(problem: Problem, layers: tuple[LayerBound, ...], whole_groups: bool)
         notes.append("only placements that keep gate groups whole are bounded")
     if problem.max_load is not None:
         notes.append(f"only placements within --max-load {problem.max_load:g} are bounded")
+    outside = sum(not layer.allowed for layer in layers)
+    if outside:
+        notes.append(f"the placement given is not one of these in {outside} layers; there it may touch fewer")
     better = sum(layer.best < layer.touched for layer in layers)
     if better:
         saved = 1 - sum(layer.best for layer in layers) / sum(layer.touched for layer in layers)

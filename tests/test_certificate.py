@@ -155,6 +155,19 @@ def test_a_load_cap_is_part_of_what_is_bounded() -> None:
     assert free.bound < certificate.bound  # type: ignore[operator]
 
 
+def test_a_placement_above_the_cap_is_never_proved_optimal() -> None:
+    free = problem(noisy_trace(layers=1), "1x4x4")
+    best = np.argsort(certify(linear((1, 4, 4), 1), free).layers[0].proof.unit_of_item, kind="stable")
+    hot = placed(best, (1, 4, 4), 1)
+    assert certify(hot, free).proved_layers == [0]
+    capped = certify(hot, problem(noisy_trace(layers=1), "1x4x4", max_load=1.0))
+    (layer,) = capped.layers
+    assert layer.bound > layer.touched  # fewer than any placement within the cap
+    assert capped.proved_layers == []
+    assert any("not one of these in 1 layers" in note for note in capped.notes)
+    assert "not allowed" in str(capped)
+
+
 def test_spare_slots_are_part_of_what_is_bounded() -> None:
     trace = noisy_trace(num_experts=9, tokens=120, layers=1)
     routed = problem(trace, "1x2x2", slots_per_gpu=3)
