@@ -35,7 +35,7 @@ from placer.master import Prices
 ALL = 50_000  # possible contents up to which all are in the relaxation from the start
 POOL = 8_000  # contents of the first relaxation
 NEAR = 4  # contents that a step of a descent adds at most
-PER_ROOT = 400  # contents that one part of the search may return while prices are still wrong
+PER_ROOT = 400  # contents with the same first item that are returned while prices are still wrong
 LISTED = 2_000_000  # contents listed at most
 RADIUS = 0.3  # of the mean price, by which prices may change in the first step
 # Of what a step promises, contents may be so much cheaper than their prices all together: in late and early steps.
@@ -140,7 +140,7 @@ class _Search:
             priced = self.tables.price(
                 prices,
                 min(-self._accepted(promised), -self.blur),
-                PER_ROOT * self.partition.num_items,
+                PER_ROOT,
                 self.workers,
                 self.clock,
             )
@@ -187,7 +187,7 @@ class _Search:
         reach = max(reach, 1.0)
         while not self.closed and not self.clock.expired and reach < 64 * self.scale:
             reach = min(reach, self.known - prices.total(units) - (units - 1) * floor)
-            priced = self.tables.price(prices, reach, LISTED, self.workers, self.clock)
+            priced = self.tables.price(prices, reach, LISTED // 8, self.workers, self.clock)
             if not priced.complete:
                 return
             choice = master.cheapest(
@@ -224,19 +224,19 @@ class _Search:
 
     def _add(self, rows: Rows, cost: Floats, prices: Prices) -> bool:
         """Add the contents that are cheaper than their prices; whether there were any."""
-        wrong = cost - prices.of(rows) <= -self.blur
+        above = cost - prices.of(rows)
+        wrong = np.argsort(above, kind="stable")[:POOL]  # more would only slow the relaxation down
+        wrong = wrong[above[wrong] <= -self.blur]
         self.rows = np.concatenate([self.rows, rows[wrong]])
         self.cost = np.concatenate([self.cost, cost[wrong]])
-        return bool(wrong.any())
+        return len(wrong) > 0
 
     def _all_contents(self) -> tuple[Rows, Floats]:
         """The incumbent's contents and every other one within the cap, and what they cost."""
         partition = self.partition
         contents = partition.contents(self.best)
         free = Prices(item=np.zeros(partition.num_items), unit=0.0, used=np.arange(0), at_border=False)
-        priced = self.tables.price(
-            free, math.inf, 8 * ALL, self.workers, replace(self.clock, deadline=math.inf)
-        )
+        priced = self.tables.price(free, math.inf, ALL, self.workers, replace(self.clock, deadline=math.inf))
         return np.concatenate([contents, priced.rows]), np.append(self.tables.cost(contents), priced.above)
 
     def _first_contents(self) -> tuple[Rows, Floats]:
@@ -334,7 +334,7 @@ class Tables:
         return np.asarray(self.uses[content].sum(axis=0) > 0)
 
     def price(self, prices: Prices, limit: float, room: int, workers: int, clock: Clock) -> Priced:
-        """Contents that cost less than `limit` above their prices; as many as there is room for."""
+        """Contents that cost less than `limit` above their prices, up to `room` for each first item."""
         from placer.search.pricing import price_contents
 
         partition = self.partition
@@ -345,8 +345,7 @@ class Tables:
         def part(first: int) -> tuple[Rows, Floats, float, bool]:
             if stop[0]:
                 return np.zeros((0, size), np.int16), np.zeros(0), -math.inf, False
-            # Half of the room is for each part alone: what one does not need, another cannot use.
-            rows = np.empty((max(PER_ROOT, room // 8), size), np.int16)
+            rows = np.empty((max(PER_ROOT, room), size), np.int16)
             above, found = np.empty(len(rows)), np.zeros(1, np.int64)
             floor = price_contents(
                 order[first:],
