@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from placer.background import Background as Background
     from placer.certificate import Certificate as Certificate
     from placer.certificate import certify as certify
     from placer.comparison import compare as compare
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from placer.placement import Placement as Placement
     from placer.problem import Problem as Problem
     from placer.report import Report as Report
-    from placer.solution import Budget as Budget
-    from placer.solution import Result as Result
+    from placer.result import Budget as Budget
+    from placer.result import Result as Result
     from placer.solution import solve as solve
     from placer.synthetic import synth as synth
     from placer.topology import Level as Level
@@ -34,7 +35,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Background": "background",
-    "Budget": "solution",
+    "Budget": "result",
     "Certificate": "certificate",
     "Level": "topology",
     "Model": "model",
@@ -42,7 +43,7 @@ _HOME = {
     "PlacerError": "errors",
     "Problem": "problem",
     "Report": "report",
-    "Result": "solution",
+    "Result": "result",
     "Routes": "traffic",
     "Topology": "topology",
     "Trace": "trace",

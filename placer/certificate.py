@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from placer.bounds import Partition, Proof, prove
+from placer import caps
+from placer.bounds import Partition, Proof, gap, prove
 from placer.clock import Clock
 from placer.errors import InvalidInput
 from placer.files import write_atomically
@@ -44,6 +45,11 @@ class Progress:
     done: int
     layers: int
     finished: bool
+
+    @property
+    def gap(self) -> float:
+        """(touched - bound) / touched."""
+        return gap(self.touched, self.bound)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -78,7 +84,7 @@ class LayerBound:
     @property
     def gap(self) -> float:
         """(touched - bound) / touched; less than 0 where a placement that is not allowed touches fewer."""
-        return (self.touched - self.bound) / self.touched if self.touched > 0 else 0.0
+        return gap(self.touched, self.bound)
 
     @property
     def proved(self) -> bool:
@@ -133,9 +139,7 @@ class Certificate:
     @property
     def gap(self) -> float | None:
         """(touched - bound) / touched."""
-        if self.bound is None:
-            return None
-        return (self.touched - self.bound) / self.touched if self.touched > 0 else 0.0
+        return None if self.bound is None else gap(self.touched, self.bound)
 
     @property
     def proved_layers(self) -> list[int]:
@@ -272,20 +276,25 @@ def certify(
     number, begun = problem.num_layers, time.monotonic()
     at_once = min(jobs, number)
     at = problem.topology.index(level)
-    touched = [_touched(problem.layer(index), placement, index, at) for index in range(number)]
-    common: dict[str, Any] = {
-        "level": level,
-        "tokens": problem.num_tokens,
-        "touched": float(np.mean(touched)),
-        "max_load": problem.max_load,
-    }
     if placement.has_copies:
-        return Certificate(**common, layers=(), notes=(WITH_COPIES,))
+        touched = [_touched(problem.layer(i), placement.physical_to_logical[i], at) for i in range(number)]
+        return Certificate(
+            level=level,
+            tokens=problem.num_tokens,
+            touched=float(np.mean(touched)),
+            layers=(),
+            max_load=problem.max_load,
+            notes=(WITH_COPIES,),
+        )
     lock, done = threading.Lock(), [0]
 
     def one(index: int, share: Clock) -> LayerBound:
         started = time.monotonic()
         layer = problem.layer(index)
+        slots = placement.physical_to_logical[index]
+        size = layer.unit_slots[at]
+        given = _unit_of_expert(layer, slots, at)
+        touched = Partition.of_layer(layer, size).cost(given) / problem.num_tokens
 
         def tell(bound: int, best: int, finished: bool = False) -> None:
             with lock:
@@ -296,8 +305,8 @@ def certify(
                             seconds=time.monotonic() - begun,
                             layer=problem.layer_ids[index],
                             level=level,
-                            touched=touched[index],
-                            best=min(touched[index], best / problem.num_tokens),
+                            touched=touched,
+                            best=min(touched, best / problem.num_tokens),
                             bound=bound / problem.num_tokens,
                             done=done[0],
                             layers=number,
@@ -305,21 +314,20 @@ def certify(
                         )
                     )
 
-        slots = layer.unit_slots[at]
-        cap = float(layer.caps[at])
-        partition = Partition.of_layer(layer, slots, cap=cap, whole_groups=whole_groups)
-        start = _start(layer, placement.physical_to_logical[index], at, whole_groups, share)
+        cap = float(caps.caps(layer, problem.max_load)[at])
+        partition = Partition.of_layer(layer, size, cap=cap, whole_groups=whole_groups)
+        start = _start(layer, slots, at, whole_groups, share)
         proof = prove(partition, start, clock=share, workers=max(1, jobs // number), tell=tell)
         best = partition.cost(proof.unit_of_item) / problem.num_tokens
-        best = best if partition.allows(proof.unit_of_item) else touched[index]
+        best = best if partition.allows(proof.unit_of_item) else touched
         tell(proof.bound, round(best * problem.num_tokens), finished=True)
         return LayerBound(
             layer=problem.layer_ids[index],
-            touched=touched[index],
+            touched=touched,
             best=best,
             bound=proof.bound / problem.num_tokens,
             method=proof.method,
-            allowed=_allowed(layer, placement.physical_to_logical[index], at, partition, whole_groups),
+            allowed=_allowed(partition, given),
             seconds=time.monotonic() - started,
             partition=partition,
             proof=proof,
@@ -330,7 +338,12 @@ def certify(
         joblib.delayed(one)(index, share) for index, share in enumerate(clock.shares(number, at_once))
     )
     return Certificate(
-        **common, layers=tuple(layers), notes=tuple(_notes(problem, tuple(layers), whole_groups))
+        level=level,
+        tokens=problem.num_tokens,
+        touched=float(np.mean([one.touched for one in layers])),
+        layers=tuple(layers),
+        max_load=problem.max_load,
+        notes=tuple(_notes(problem, tuple(layers), whole_groups)),
     )
 
 
@@ -345,9 +358,10 @@ def bounded_cost(
     levels = layer.levels
     for at, share in zip(levels, clock.shares(len(levels), 1), strict=True):
         partition = Partition.of_layer(layer, layer.unit_slots[at], cap=float(layer.caps[at]))
-        proof = prove(partition, _unit_of_expert(layer, slots, at), clock=share, workers=workers)
+        known = _unit_of_expert(layer, slots, at)
+        proof = prove(partition, known, clock=share, workers=workers)
         weight = float(layer.weights_of_levels[levels.index(at)])
-        total += weight * min(proof.bound, partition.cost(_unit_of_expert(layer, slots, at)))
+        total += weight * min(proof.bound, partition.cost(known))
         methods.append(proof.method)
     return layer.cost_of(total), ", ".join(dict.fromkeys(methods))
 
@@ -363,27 +377,19 @@ def _check(placement: Placement, problem: Problem) -> None:
         raise InvalidInput("bound: found counts only, expected the experts of every token")
 
 
-def _touched(layer: Layer, placement: Placement, index: int, level: int) -> float:
-    counts = layer._counts(placement.physical_to_logical[index])
-    return float(counts.touched[level].sum()) / len(layer.tokens)
+def _touched(layer: Layer, slots: npt.NDArray[np.int32], level: int) -> float:
+    return float(layer.counts(slots).touched[level].sum()) / len(layer.tokens)
 
 
 def _unit_of_expert(layer: Layer, slots: npt.NDArray[np.int32], level: int) -> Ints:
-    unit = np.zeros(layer.num_experts, np.int64)
-    held = np.flatnonzero(slots >= 0)
-    unit[slots[held]] = held // layer.unit_slots[level]
-    return unit
+    position = layer.positions(layer.occupant(slots))[: layer.num_experts]
+    return (position // layer.unit_slots[level]).astype(np.int64)
 
 
-def _allowed(
-    layer: Layer, slots: npt.NDArray[np.int32], level: int, partition: Partition, whole_groups: bool
-) -> bool:
-    """Whether a placement is one of those that are bounded."""
-    unit = _unit_of_expert(layer, slots, level)
-    heat = np.bincount(unit, weights=layer.load, minlength=partition.units)
-    groups = unit.reshape(layer.num_groups, -1)
-    whole = not whole_groups or bool((groups == groups[:, :1]).all())
-    return whole and bool(heat.max() <= partition.cap)
+def _allowed(partition: Partition, unit_of_expert: Ints) -> bool:
+    """Whether a placement is one of those that are bounded: its items, experts or gate groups, are whole."""
+    units = unit_of_expert.reshape(partition.num_items, -1)
+    return bool((units == units[:, :1]).all()) and partition.allows(units[:, 0])
 
 
 def _start(layer: Layer, slots: npt.NDArray[np.int32], level: int, whole_groups: bool, clock: Clock) -> Ints:

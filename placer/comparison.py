@@ -14,7 +14,8 @@ from placer.evaluation import evaluate
 from placer.placement import Placement, format_shape
 from placer.problem import Problem
 from placer.report import Report, format_seconds
-from placer.solution import Budget, solve
+from placer.result import Budget
+from placer.solution import solve
 from placer.solvers import method as load_method
 from placer.solvers import names
 from placer.table import aligned

@@ -220,7 +220,7 @@ class Layer:
     def judge(self, slots: Occupant) -> tuple[float, float, float]:
         """`score`, and load over mean of the busiest unit at the worst level that placement can change, or 1."""
         if self.topk is not None:
-            counts = self._counts(slots)
+            counts = self.counts(slots)
             loads = [
                 row[: self.num_slots // width]
                 for row, width in zip(counts.load, self.unit_slots, strict=True)
@@ -238,7 +238,8 @@ class Layer:
         heat = max((float(load.max() / load.mean()) for load in swappable), default=1.0)
         return round(over, 6), seconds, heat
 
-    def _counts(self, slots: Occupant) -> Incidence:
+    def counts(self, slots: Occupant) -> Incidence:
+        """Tokens against units for a slot array, copies included."""
         aimed = targets(
             slots,
             num_experts=self.num_experts,

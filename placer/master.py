@@ -26,7 +26,8 @@ GRAIN = 2.0**-16  # prices are multiples of it: sums of them and of whole costs 
 CUTS = 60  # subset-row cuts added at a time
 CUT_ROUNDS = 25
 DETERMINISTIC_SECONDS = 20.0  # of CP-SAT's own clock, the same on every machine
-HEURISTIC_SECONDS = 10.0
+HEURISTIC_SECONDS, HEURISTIC_NODES = 10.0, 1000
+SEARCHED = 50_000  # contents that an integer program is asked to choose from, at most
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,12 +61,14 @@ class Prices:
         return float(self.item.sum()) + units * self.unit
 
 
-def relax(rows: Rows, cost: Floats, items: int, units: int, around: Floats, radius: float) -> Prices:
+def relax(
+    rows: Rows, cost: Floats, items: int, units: int, around: Floats, radius: float, clock: Clock
+) -> Prices:
     """Prices that together are worth most while no listed content costs less than its items' prices.
 
     They are the dual solution of the linear relaxation over the listed contents, here no further than `radius` from
     the prices `around`: far away they are right for the listed contents only (the box step of Marsten et al., 1975,
-    doi:10.1287/opre.23.3.389).
+    doi:10.1287/opre.23.3.389). Out of time, they are `around`.
     """
     from scipy.optimize import linprog
     from scipy.sparse import csr_array, hstack
@@ -76,7 +79,9 @@ def relax(rows: Rows, cost: Floats, items: int, units: int, around: Floats, radi
         holds = hstack([holds, csr_array(np.ones((len(rows), 1)))])
     worth = np.append(np.ones(items), [units] * counted)
     box = [*zip(around - radius, around + radius, strict=True), *[(None, None)] * counted]
-    solved = linprog(-worth, A_ub=holds.tocsr(), b_ub=cost, bounds=box, method="highs")
+    solved = linprog(
+        -worth, A_ub=holds.tocsr(), b_ub=cost, bounds=box, method="highs", options=_within(clock)
+    )
     if solved.status != 0:
         return Prices(item=_rounded(around), unit=0.0, used=np.arange(0), at_border=False)
     price = _rounded(solved.x)
@@ -141,7 +146,7 @@ def cheapest(rows: Rows, cost: Floats, items: int, units: int, *, known: float, 
     while steps and len(alive) and bound <= known - 1 and not clock.expired:
         alive, cuts, raised = _cut_off(rows, cost, items, units, known, alive, cuts, clock)
         bound = max(bound, min(known, raised))
-        if len(alive) == 0 or bound > known - 1:
+        if len(alive) == 0 or len(alive) > SEARCHED or bound > known - 1:
             break
         picked, below = steps.pop(0)(rows[alive], cost[alive], items, units, known, clock)
         bound = max(bound, min(known, below))
@@ -166,7 +171,7 @@ def _cut_off(
     for _ in range(CUT_ROUNDS):
         if clock.expired or len(alive) == 0:
             break
-        relaxed = _relax_with_cuts(rows[alive], cost[alive], items, units, cuts)
+        relaxed = _relax_with_cuts(rows[alive], cost[alive], items, units, cuts, clock)
         if relaxed is None:
             break
         bound = max(bound, relaxed.rest + units * relaxed.least)
@@ -189,7 +194,7 @@ class _Relaxed:
 
 
 def _relax_with_cuts(
-    rows: Rows, cost: Floats, items: int, units: int, cuts: npt.NDArray[np.int64]
+    rows: Rows, cost: Floats, items: int, units: int, cuts: npt.NDArray[np.int64], clock: Clock
 ) -> _Relaxed | None:
     from scipy.optimize import linprog
     from scipy.sparse import csr_array, vstack
@@ -204,6 +209,7 @@ def _relax_with_cuts(
         A_ub=csr_array(shared) if len(cuts) else None,
         b_ub=np.ones(len(cuts)) if len(cuts) else None,
         method="highs",
+        options=_within(clock),
     )
     if solved.status != 0:
         return None
@@ -257,7 +263,10 @@ def _proposed(
         integrality=np.ones(len(rows)),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(incidence(rows, items), 1, 1),
-        options={"time_limit": max(0.1, min(HEURISTIC_SECONDS, clock.remaining))},
+        options={
+            "time_limit": max(0.1, min(HEURISTIC_SECONDS, clock.remaining)),
+            "node_limit": HEURISTIC_NODES,
+        },
     )
     if solved.x is None:
         return None, -math.inf
@@ -307,6 +316,11 @@ def incidence(rows: Rows, items: int) -> Any:
 
     at, place = np.nonzero(rows >= 0)
     return csr_array((np.ones(len(at)), (rows[at, place], at)), shape=(items, len(rows)))
+
+
+def _within(clock: Clock) -> dict[str, float]:
+    """Options of HiGHS."""
+    return {} if math.isinf(clock.deadline) else {"time_limit": max(0.1, clock.remaining)}
 
 
 def _rounded(value: Any) -> Any:

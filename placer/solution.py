@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,128 +20,14 @@ from placer.layer import Layer
 from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
 from placer.problem import Problem
+from placer.result import Budget, Event, Result
 from placer.solvers import Method, Placed, linear, method
 
 Slots = npt.NDArray[np.int32]
 
-SCHEMA = "placer/result/1"
-OBJECTIVE_UNIT = "seconds per token"
 SECONDS_TO_BOUND = 1e-7  # a token and expert, until there is a bound worth having
 LEAST_PROOF = 5.0  # seconds that a proof may take even where the search took less
 MARGIN_LAYERS = 16  # layers that the automatic load margin is estimated from
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How long a run may take.
-
-    Parameters
-    ----------
-    seconds : float or None
-        Wall seconds for all layers together, compilation excluded; None for no limit.
-    rounds : int or None
-        Rounds of search per layer; None for as many as pay.
-    gap : float
-        A proof may stop this close to the best bound, as a fraction of the incumbent.
-    """
-
-    seconds: float | None = 60.0
-    rounds: int | None = None
-    gap: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.seconds is not None and not self.seconds >= 0:
-            raise InvalidInput(f"time limit: found {self.seconds}, expected 0 seconds or more")
-        if self.rounds is not None and self.rounds < 0:
-            raise InvalidInput(f"rounds: found {self.rounds}, expected 0 or more")
-        if not 0 <= self.gap < 1:
-            raise InvalidInput(f"gap: found {self.gap}, expected a fraction from 0 to below 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Event:
-    """One more layer is done.
-
-    `objective`, `linear` (the same for contiguous experts) and `bound` are seconds per token summed over the
-    layers done; `load` is the mean over them of the busiest unit's load over mean at the worst level that
-    placement can change; `improved` says whether the layer costs less than contiguous experts.
-    """
-
-    seconds: float
-    done: int
-    layers: int
-    rounds: int
-    method: str
-    objective: float
-    linear: float
-    bound: float | None
-    load: float
-    improved: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What `solve` found.
-
-    Parameters
-    ----------
-    placement : Placement
-    method, seed, rounds, seconds
-        The method, its seed, the search rounds run in all layers together, wall seconds.
-    status : str
-        ``optimal`` (proven), ``feasible``, or ``interrupted``.
-    objective : float
-        Modelled link seconds of one token over all layers, level by level (see `Problem.seconds_per_vector`).
-    bound : float or None
-        Proven lower bound on the objective; None where none was computed.
-    bound_method : str or None
-        What proved it.
-    proved_layers : tuple of int
-        Layers whose placement is proved optimal, by the model's numbers.
-    caps_raised : list of dict
-        Caps above ``max_load`` because load-only packing needs them: layer, level, asked, cap.
-    notes : tuple of str
-        What the run decided by itself, in words.
-    """
-
-    placement: Placement
-    method: str
-    seed: int
-    rounds: int
-    seconds: float
-    status: str
-    objective: float
-    bound: float | None = None
-    bound_method: str | None = None
-    proved_layers: tuple[int, ...] = ()
-    caps_raised: list[dict[str, Any]] = field(default_factory=list)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def gap(self) -> float | None:
-        """(incumbent - bound) / incumbent as a fraction; None without a bound."""
-        if self.bound is None:
-            return None
-        return (self.objective - self.bound) / self.objective if self.objective > 0 else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The search part of the JSON document ``placer/result/1``."""
-        return {
-            "schema": SCHEMA,
-            "method": self.method,
-            "seed": self.seed,
-            "rounds": self.rounds,
-            "seconds": self.seconds,
-            "status": self.status,
-            "objective": self.objective,
-            "objective_unit": OBJECTIVE_UNIT,
-            "bound": self.bound,
-            "gap": self.gap,
-            "bound_method": self.bound_method,
-            "proved_layers": list(self.proved_layers),
-            "caps_raised": self.caps_raised,
-            "notes": list(self.notes),
-        }
 
 
 def solve(
@@ -207,7 +93,7 @@ def solve(
         raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
     chosen = _usable(problem, method)
     starts = _initial(problem, initial)
-    _compile(chosen, problem, prove, stop)
+    _compile(chosen, problem, stop)
     begun = time.monotonic()
     clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, gap=budget.gap, stop=stop)
     workers = min(jobs, problem.num_layers)
@@ -229,9 +115,10 @@ def solve(
         raise NoPlacement("stopped before every layer had a placement")
     parts = [done[index] for index in range(problem.num_layers)]
     if prove:
-        parts = _bounded(settled, parts, clock, begun, workers)
-        if on_event is not None and parts != list(done.values()):
-            on_event(log.summary(parts))
+        proved = _bounded(settled, parts, clock, begun, workers)
+        if on_event is not None and proved is not parts:
+            on_event(log.summary(proved))
+        parts = proved
     result = _result(settled, method, seed, parts, clock, begun)
     if settled.load_margin == problem.load_margin or problem.max_load is None:
         return result
@@ -349,7 +236,7 @@ def _initial(problem: Problem, initial: Placement | None) -> list[Slots | None]:
     return list(initial.physical_to_logical)
 
 
-def _compile(chosen: Method, problem: Problem, prove: bool, stop: threading.Event | None) -> None:
+def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> None:
     """Run the method on a toy layer with as many levels, so that compilation is not on the clock."""
     levels = len(problem.topology.levels)
     slots = 2 ** (levels + 1)
@@ -371,8 +258,6 @@ def _compile(chosen: Method, problem: Problem, prove: bool, stop: threading.Even
         toy, rng=np.random.default_rng(0), clock=Clock.start(seconds=5, rounds=1, stop=stop)
     )
     toy.score(placed.slots)
-    if prove:
-        _compile_bounds()
 
 
 def _compile_bounds() -> None:
@@ -403,6 +288,9 @@ def _bounded(problem: Problem, parts: list[_Done], clock: Clock, begun: float, w
         < len(without) * problem.num_tokens * problem.num_experts * SECONDS_TO_BOUND
     ):
         return parts  # a layer's first bound would take longer than its share
+    began = time.monotonic()
+    _compile_bounds()
+    limited = replace(limited, deadline=limited.deadline + time.monotonic() - began)
 
     def bounded(part: _Done, share: Clock) -> _Done:
         bound, how = bounded_cost(problem.layer(part.index), part.placed.slots, share)
@@ -484,7 +372,7 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         objective=objective,
         bound=bound,
         bound_method=", ".join(dict.fromkeys(str(part.placed.bound_method) for part in done))
-        if bound
+        if bound is not None
         else None,
         proved_layers=tuple(problem.layer_ids[part.index] for part in done if _proved(part)),
         caps_raised=[{**row, "level": names[int(row["level"])]} for part in done for row in part.raised],

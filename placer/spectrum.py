@@ -10,7 +10,8 @@ from placer.errors import InvalidInput
 from placer.evaluation import evaluate
 from placer.problem import Problem
 from placer.report import Report, format_seconds
-from placer.solution import Budget, Result, solve
+from placer.result import Budget, Result
+from placer.solution import solve
 from placer.trace import Trace
 
 CAPS: tuple[float | None, ...] = (None, 1.25, 1.10, 1.05, 1.02)

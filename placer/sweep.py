@@ -24,7 +24,8 @@ from placer.evaluation import TOKENS_PER_GPU, evaluate
 from placer.model import Model
 from placer.placement import Placement, format_shape
 from placer.problem import DEFAULT_RESERVE, Problem
-from placer.solution import Budget, solve
+from placer.result import Budget
+from placer.solution import solve
 from placer.step import Step
 from placer.timing import GEMM_EFFICIENCY, compute_seconds
 from placer.topology import Topology

@@ -16,8 +16,9 @@ from placer.clock import Clock
 from placer.errors import InvalidInput
 from placer.layer import Layer
 from placer.problem import Problem
+from placer.result import Budget
 from placer.search.balance import balanced
-from placer.solution import Budget, solve, with_margin
+from placer.solution import solve, with_margin
 from placer.solvers import refine
 from placer.topology import Topology
 from placer.trace import Trace

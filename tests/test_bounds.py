@@ -686,7 +686,7 @@ def test_cuts_are_violated_by_what_they_cut_off_and_by_no_partition(seed: int) -
 @given(seed=SEEDS)
 def test_relaxed_prices_stay_below_the_costs_of_listed_contents(seed: int) -> None:
     rows, cost, units = random_list(seed)
-    prices = master.relax(rows, cost, 9, units, np.full(9, 3.0), 50.0)
+    prices = master.relax(rows, cost, 9, units, np.full(9, 3.0), 50.0, Clock.start())
     assert (cost - prices.of(rows) >= -1e-3).all()
     assert (np.abs(prices.item - 3.0) <= 50.0 + 1e-3).all()
     assert (prices.item * 2**16 == np.round(prices.item * 2**16)).all()
@@ -697,6 +697,6 @@ def test_relaxed_prices_stay_below_the_costs_of_listed_contents(seed: int) -> No
 
 def test_prices_are_multiples_of_their_grain_where_no_prices_nearby_suit() -> None:
     rows, around = np.array([[0, 1], [2, 3]]), np.array([5.3, 5.1, 4.7, 5.2])
-    prices = master.relax(rows, np.array([1.0, 1.0]), 4, 2, around, 0.1)
+    prices = master.relax(rows, np.array([1.0, 1.0]), 4, 2, around, 0.1, Clock.start())
     assert (prices.item * 2**16 == np.round(prices.item * 2**16)).all()
     np.testing.assert_allclose(prices.item, around, atol=2.0**-16)

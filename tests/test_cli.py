@@ -21,7 +21,7 @@ from terminal import placer
 from placer import Placement, Result, Trace, solve
 from placer.cli import COMMANDS, main
 from placer.cli.log import SearchLog, compilation_told
-from placer.solution import Event
+from placer.result import Event
 
 MACHINE = ("-t", "dgx-h100", "--shape", "1x4x2")
 QUICK = ("--method", "greedy", "--jobs", "1")

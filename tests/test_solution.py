@@ -17,7 +17,7 @@ from placer import Budget, Model, Placement, Topology, Trace, solve
 from placer.clock import Clock
 from placer.errors import Infeasible, InvalidInput
 from placer.layer import Layer
-from placer.solution import Event
+from placer.result import Event
 from placer.solvers import Placed
 from tests.instances import blocks_trace, noisy_trace, problem
 from tests.oracle import optimum
@@ -57,6 +57,15 @@ def test_nothing_is_proved_where_copies_could_cost_less(name: str) -> None:
     result = solve(posed, name, budget=Budget(seconds=60, rounds=1))
     assert result.bound is None
     assert result.status == "feasible"
+
+
+def test_bounds_add_an_event_only_where_there_are_any() -> None:
+    for experts, more in ((8, 1), (6, 0)):  # six experts leave spare slots, where nothing is bounded
+        events: list[Event] = []
+        posed = problem(noisy_trace(num_experts=experts, top_k=3, layers=3), "1x2x1", slots_per_gpu=4)
+        result = solve(posed, "refine", budget=Budget(rounds=1), jobs=2, prove=True, on_event=events.append)
+        assert [event.done for event in events] == [1, 2, 3, *[3] * more]
+        assert (events[-1].bound is None) == (result.bound is None) == (more == 0)
 
 
 def test_a_proof_may_stop_at_the_gap_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from placer.errors import InvalidInput
 from placer.model import Model
 from placer.plot import plot
 from placer.presets import PRESETS, preset
-from placer.solution import Budget
+from placer.result import Budget
 from placer.sweep import group_of, sweep
 from placer.topology import Topology
 from placer.trace import Trace

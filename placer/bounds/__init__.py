@@ -35,6 +35,11 @@ Tell = Callable[[int, int], None]  # bound, cost of the best partition
 BOUNDS = ("subsets", "columns", "colocation")
 
 
+def gap(value: float, bound: float) -> float:
+    """(value - bound) / value as a fraction; less than 0 for a value that is not among those bounded."""
+    return (value - bound) / value if value > 0 else 0.0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Partition:
     """The experts of one layer, or its gate groups as wholes, to be split over the units of one level.

@@ -31,12 +31,13 @@ from placer import master
 from placer.bounds import Floats, Ints, Partition, Proof, Rows, Tell
 from placer.clock import Clock
 from placer.master import Prices
+from placer.search import bit_masks
 
 ALL = 50_000  # possible contents up to which all are in the relaxation from the start
 POOL = 8_000  # contents of the first relaxation
 NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents with the same first item that are returned while prices are still wrong
-LISTED = 2_000_000  # contents listed at most
+LISTED = 200_000  # contents listed at most
 RADIUS = 0.3  # of the mean price, by which prices may change in the first step
 # Of what a step promises, contents may be so much cheaper than their prices all together: in late and early steps.
 ACCEPTED, COARSE = 0.2, 0.5
@@ -162,13 +163,19 @@ class _Search:
         """The relaxation's prices, once descents from the contents it uses find none that is cheaper by far."""
         partition = self.partition
         while True:
-            prices = master.relax(self.rows, self.cost, partition.num_items, partition.units, around, radius)
+            prices = master.relax(
+                self.rows, self.cost, partition.num_items, partition.units, around, radius, self.clock
+            )
             promised = prices.total(partition.units) - self.bound
             if self.all_known:
                 return prices
             limit = min(-self._accepted(promised), -self.blur)
-            found = [self.tables.descend(self.rows[at], prices, limit) for at in prices.used]
-            if self.clock.expired or not found:
+            found = []
+            for at in prices.used:
+                if self.clock.expired:
+                    return prices
+                found.append(self.tables.descend(self.rows[at], prices, limit))
+            if not found:
                 return prices
             rows = np.concatenate([rows for rows, _ in found])
             cost = np.concatenate([cost for _, cost in found])
@@ -268,13 +275,11 @@ class Tables:
         sets = partition.sets
         at, place = np.nonzero(sets >= 0)
         item = sets[at, place].astype(np.int64)
-        masks = np.zeros((len(sets), -(-partition.num_items // 64)), np.uint64)
-        np.bitwise_or.at(masks, (at, item >> 6), np.uint64(1) << (item & 63).astype(np.uint64))
         uses = csr_array((np.ones(len(at)), (item, at)), shape=(partition.num_items, len(sets)))
         pairs = (uses * partition.count.astype(np.float64)) @ uses.T
         return cls(
             partition=partition,
-            masks=masks,
+            masks=bit_masks(sets, partition.num_items),
             count=partition.count.astype(np.int32),
             pairs=np.ascontiguousarray(pairs.toarray().astype(np.int32)),
             uses=uses,
@@ -290,10 +295,8 @@ class Tables:
 
         partition = self.partition
         held = content[content >= 0].astype(np.int64)
-        inside = np.zeros(self.masks.shape[1], np.uint64)
-        np.bitwise_or.at(inside, held >> 6, np.uint64(1) << (held & 63).astype(np.uint64))
         costs = np.empty((len(held), partition.num_items), np.int64)
-        count_exchanges(self.masks, self.count, held, inside, costs)
+        count_exchanges(self.masks, self.count, held, bit_masks(held[None], partition.num_items)[0], costs)
         heat = partition.load[held].sum() - partition.load[held][:, None] + partition.load
         fits = (heat <= partition.cap) & (heat >= partition.least_load)
         fits[:, held] = False

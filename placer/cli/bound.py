@@ -22,16 +22,7 @@ Example:
 
 
 @click.command(short_help="Prove how far a placement is from the best possible one.", epilog=_EPILOG)
-@click.argument("placement", type=options.PlacementFile())
-@options.trace
-@options.topology
-@click.option(
-    "--shape",
-    type=options.Shape(),
-    metavar="RxSxG",
-    show_default="the placement's",
-    help="Must be the placement's own.",
-)
+@options.placed
 @click.option(
     "--level",
     type=click.Choice(("gpu", "server", "rack")),
@@ -51,22 +42,8 @@ Example:
     is_flag=True,
     help="Bound only placements that keep gate groups whole, as a permuted checkpoint must.",
 )
-@click.option(
-    "--time-limit",
-    type=options.Number("a number of seconds, 0 or more"),
-    default="60",
-    show_default=True,
-    metavar="S",
-    help="Wall seconds, for all layers together; a bound that is cut short is still valid.",
-)
-@click.option(
-    "--gap",
-    type=options.Number("a fraction or a percentage below 100%", high=1.0, percent=True),
-    default="0%",
-    show_default=True,
-    metavar="1%",
-    help="Stop a layer at this gap.",
-)
+@options.time_limit("Wall seconds, for all layers together; a bound that is cut short is still valid.")
+@options.gap("Stop a layer at this gap.")
 @options.jobs
 @click.option("-o", "--output", type=options.Output(), help="Write the certificates (.npz), for a checker.")
 @options.as_json

@@ -88,7 +88,7 @@ def command(
     test: str | None,
     time_limit: float,
     rounds: int | None,
-    gap: float | None,
+    gap: float,
     jobs: int | None,
     as_json: bool,
     quiet: bool,

@@ -25,16 +25,7 @@ Example:
 
 
 @click.command(short_help="Price a placement on a trace: traffic, load, time.", epilog=_EPILOG)
-@click.argument("placement", type=options.PlacementFile())
-@options.trace
-@options.topology
-@click.option(
-    "--shape",
-    type=options.Shape(),
-    metavar="RxSxG",
-    show_default="the placement's",
-    help="Must be the placement's own.",
-)
+@options.placed
 @options.model
 @options.alltoall
 @options.replica_choice(None)

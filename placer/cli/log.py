@@ -12,11 +12,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
+from placer.bounds import gap
 from placer.report import format_seconds
 
 if TYPE_CHECKING:
     from placer.certificate import Progress
-    from placer.solution import Event
+    from placer.result import Event
 
 _EVERY = 0.5  # seconds between two lines at least; the last layer always gets one
 
@@ -134,8 +135,7 @@ class SearchLog:
 def _line(event: Event) -> str:
     change, proof = "-", ""
     if event.bound is not None:
-        gap = (event.objective - event.bound) / event.objective if event.objective > 0 else 0.0
-        proof = f"  bound {format_seconds(event.bound)}, gap {gap:.1%}"
+        proof = f"  bound {format_seconds(event.bound)}, gap {gap(event.objective, event.bound):.1%}"
     if event.linear > 0:
         change = f"{100 * (event.objective / event.linear - 1):+.1f} %"
     return (
@@ -166,9 +166,8 @@ class BoundLog:
             self.say(
                 f"{'time':>7} {'layers':>7} {'layer':>6} {'touched':>9} {'best met':>9} {'bound':>9} {'gap':>8}"
             )
-        gap = (progress.touched - progress.bound) / progress.touched if progress.touched > 0 else 0.0
         self.say(
             f"{progress.seconds:6.1f}s {f'{progress.done}/{progress.layers}':>7} {progress.layer:6d} "
-            f"{progress.touched:9.4f} {progress.best:9.4f} {progress.bound:9.4f} {gap:8.2%}"
+            f"{progress.touched:9.4f} {progress.best:9.4f} {progress.bound:9.4f} {progress.gap:8.2%}"
             + (" done" if progress.finished else "")
         )

@@ -285,6 +285,19 @@ shape = click.option(
     help="Racks x servers in a rack x GPUs in a server, for example 1x8x8.",
 )
 
+placed = _together(
+    click.argument("placement", type=PlacementFile()),
+    trace,
+    topology,
+    click.option(
+        "--shape",
+        type=Shape(),
+        metavar="RxSxG",
+        show_default="the placement's",
+        help="Must be the placement's own.",
+    ),
+)
+
 
 def replica_choice(default: str | None) -> Decorator[Any]:
     """The dispatch rule; without a default it is the placement's."""
@@ -405,15 +418,34 @@ jobs = click.option(
     show_default="one for each core",
     help="Layers at once.",
 )
-search = _together(
-    click.option(
+
+
+def time_limit(meaning: str) -> Decorator[Any]:
+    """Wall seconds."""
+    return click.option(
         "--time-limit",
         type=Number("a number of seconds, 0 or more"),
         default="60",
         show_default=True,
         metavar="S",
-        help="Wall seconds of search, for all layers together.",
-    ),
+        help=meaning,
+    )
+
+
+def gap(meaning: str) -> Decorator[Any]:
+    """A gap that is good enough."""
+    return click.option(
+        "--gap",
+        type=Number("a fraction or a percentage below 100%", high=1.0, percent=True),
+        default="0%",
+        show_default=True,
+        metavar="1%",
+        help=meaning,
+    )
+
+
+search = _together(
+    time_limit("Wall seconds of search, for all layers together."),
     click.option(
         "--rounds",
         type=click.IntRange(min=0),
@@ -421,13 +453,7 @@ search = _together(
         show_default="as many as pay",
         help="Rounds of search a layer, at most.",
     ),
-    click.option(
-        "--gap",
-        type=Number("a fraction or a percentage below 100%", high=1.0, percent=True),
-        metavar="1%",
-        show_default="0%",
-        help="Stop a proof at this gap; of use where a bound is computed.",
-    ),
+    gap("Stop a proof at this gap; of use where a bound is computed."),
     click.option(
         "--seed",
         type=click.IntRange(min=0),
@@ -443,11 +469,11 @@ search = _together(
 # -- what the options mean ---------------------------------------------------------------------------------
 
 
-def budget(time_limit: float, rounds: int | None, gap: float | None) -> Any:
+def budget(time_limit: float, rounds: int | None, gap: float) -> Any:
     """The budget that ``--time-limit``, ``--rounds`` and ``--gap`` stand for."""
-    from placer.solution import Budget
+    from placer.result import Budget
 
-    return Budget(seconds=time_limit, rounds=rounds, gap=gap or 0.0)
+    return Budget(seconds=time_limit, rounds=rounds, gap=gap)
 
 
 def workers(jobs: int | None) -> int:

@@ -14,7 +14,7 @@ from placer.cli.interrupt import EXIT_CODE, interruptible
 
 if TYPE_CHECKING:
     from placer.model import Model
-    from placer.solution import Result
+    from placer.result import Result
     from placer.topology import Topology
 
 _EPILOG = """\b
@@ -77,7 +77,7 @@ def command(
     method: str,
     time_limit: float,
     rounds: int | None,
-    gap: float | None,
+    gap: float,
     seed: int,
     jobs: int | None,
     initial: str | None,

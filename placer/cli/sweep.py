@@ -128,7 +128,7 @@ def command(
     trace: str | None,
     time_limit: float,
     rounds: int | None,
-    gap: float | None,
+    gap: float,
     jobs: int | None,
     picture: Path | None,
     as_json: bool,

@@ -7,9 +7,10 @@ The kernel modules import numba (a quarter of a second), so they are imported wh
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 if TYPE_CHECKING:
     from placer.layer import Layer, Occupant
@@ -75,3 +76,19 @@ def descend(
         rng.integers(tenure // 2 + 1, tenure + tenure // 2 + 2, (steps, 2)),
     )
     return best, float(value)
+
+
+def bit_masks(rows: npt.NDArray[np.signedinteger[Any]], items: int) -> npt.NDArray[np.uint64]:
+    """Rows of items as bit masks of 64 items a word, (n, words); -1 = none.
+
+    Examples
+    --------
+    >>> bit_masks(np.array([[0, 2], [-1, 1]]), 3).tolist()
+    [[5], [2]]
+    """
+    masks = np.zeros((len(rows), -(-items // 64)), np.uint64)
+    for column in rows.T:
+        held = np.flatnonzero(column >= 0)
+        item = column[held].astype(np.uint64)
+        masks[held, (item >> np.uint64(6)).astype(np.int64)] |= np.uint64(1) << (item & np.uint64(63))
+    return masks

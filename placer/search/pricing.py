@@ -6,8 +6,9 @@ import numpy as np
 
 from placer.search.compiling import kernel
 
-#: Bounds are floating-point sums of a few dozen terms below 1e9; a subtree is left only beyond this margin.
-SLACK = 1e-6
+#: Bounds are floating-point sums of a few dozen terms; a subtree is left only beyond this margin, as a fraction of all
+#: that is summed up.
+SLACK = 1e-12
 
 #: Every six-bit number stands once in this cyclic word, so that shifting it by b shows b in its top six bits.
 DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
@@ -69,7 +70,7 @@ def bound_children(pairs, candidates, room, need, price, value, limit, bounds, a
             simple += top[q]
     for i in range(n):
         bounds[i] = simple + alone[i]  # the others may include the candidate itself: on the safe side
-        if bounds[i] >= limit + SLACK:
+        if bounds[i] >= limit:
             continue
         e = candidates[i]
         top[:] = np.inf
@@ -283,6 +284,11 @@ def price_contents(
     bounds, alone, line = np.empty(experts), np.empty(experts), np.empty(experts)
     slope, last = np.empty(experts), np.empty(experts)
     floor = limit
+    total = np.abs(price).sum()
+    for e in range(experts):
+        total += pairs[e, e]
+    slack = SLACK * total
+    beyond = limit + slack
 
     a, depth = order[0], 0
     many[0] = order.shape[0] - 1
@@ -361,7 +367,7 @@ def price_contents(
                     need,
                     price,
                     value[depth],
-                    limit,
+                    beyond,
                     bounds,
                     alone,
                     line,
@@ -371,7 +377,7 @@ def price_contents(
                 keep_feasible(candidates[:n], load, heat[depth], most, need, low, high, bounds)
                 n = 0
                 for i in range(before):
-                    if bounds[i] < limit + SLACK:
+                    if bounds[i] < beyond:
                         candidates[n], bounds[n] = candidates[i], bounds[i]
                         n += 1
             many[depth] = n
@@ -382,7 +388,7 @@ def price_contents(
             for i in range(1, n):
                 if bounds[i] < bounds[best]:
                     best = i
-            hope[depth + 1] = bounds[best] - SLACK
+            hope[depth + 1] = bounds[best] - slack
             a = candidates[best]
         if a < 0:
             return floor

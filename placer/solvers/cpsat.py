@@ -83,9 +83,11 @@ def recombined(layer: Layer, best: Occupant, met: list[Occupant], clock: Clock) 
     contents = np.unique(np.concatenate([option.reshape(-1, width) for option in [best, *met]]), axis=0)
     contents = contents[_within_caps(layer, contents)]
     contents, cost = _cheapest_of_equal(contents, _cost(layer, contents))
-    held = {tuple(sorted(row)) for row in best.reshape(-1, width).tolist()}
-    known = float(cost[[tuple(sorted(row)) in held for row in contents.tolist()]].sum())
+    held = best.reshape(-1, width)
+    known = float(_cost(layer, held).sum())
     grain = 1.0 if np.array_equal(cost, np.round(cost)) else known / 2**30
+    if not _within_caps(layer, held).all():
+        known = float(cost.sum())  # anything within the caps is better
     choice = cheapest(
         contents,
         np.floor(cost / grain),
@@ -116,26 +118,18 @@ def _within_caps(layer: Layer, contents: npt.NDArray[np.int32]) -> npt.NDArray[n
 
 def _cost(layer: Layer, contents: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
     """Tokens that touch each content, plus those that touch the units inside it, by `weights_of_levels`."""
+    from placer.search import bit_masks
     from placer.search.counting import count_covered
 
     sets, count = layer.distinct
-    tokens = _masks(sets, layer.num_slots)
+    tokens = bit_masks(sets, layer.num_slots)
     cost = np.zeros(len(contents))
     for size, weight in zip(layer.sizes.tolist(), layer.weights_of_levels, strict=True):
         if size <= contents.shape[1]:
             units = contents.reshape(-1, size)
-            covered = count_covered(tokens, count, _masks(units, layer.num_slots))
+            covered = count_covered(tokens, count, bit_masks(units, layer.num_slots))
             cost += weight * covered.reshape(len(contents), -1).sum(axis=1)
     return cost
-
-
-def _masks(rows: npt.NDArray[np.signedinteger], size: int) -> npt.NDArray[np.uint64]:
-    masks = np.zeros((len(rows), -(-size // 64)), np.uint64)
-    for column in rows.T:
-        held = np.flatnonzero(column >= 0)
-        expert = column[held].astype(np.uint64)
-        masks[held, (expert >> np.uint64(6)).astype(np.int64)] |= np.uint64(1) << (expert & np.uint64(63))
-    return masks
 
 
 def _cheapest_of_equal(
