@@ -39,7 +39,7 @@ class Prices:
     item : (num_items,) float64
         Multiples of `GRAIN`.
     unit : float
-        The same for the use of a unit, where units may hold fewer items than they have room for; else 0.
+        The same for the use of a unit.
     used : (n,) int64
         Contents that the relaxation uses.
     at_border : bool
@@ -68,13 +68,14 @@ def relax(
 
     They are the dual solution of the linear relaxation over the listed contents, here no further than `radius` from
     the prices `around`: far away they are right for the listed contents only (the box step of Marsten et al., 1975,
-    doi:10.1287/opre.23.3.389). Out of time, they are `around`.
+    doi:10.1287/opre.23.3.389). The price of a unit may take any value, so that prices this near always exist;
+    without a box, where units are full, items count the units. Out of time, prices are `around`.
     """
     from scipy.optimize import linprog
     from scipy.sparse import csr_array, hstack
 
     holds = incidence(rows, items).T
-    counted = bool((rows < 0).any())  # otherwise the items count the units
+    counted = math.isfinite(radius) or bool((rows < 0).any())
     if counted:
         holds = hstack([holds, csr_array(np.ones((len(rows), 1)))])
     worth = np.append(np.ones(items), [units] * counted)

@@ -695,8 +695,19 @@ def test_relaxed_prices_stay_below_the_costs_of_listed_contents(seed: int) -> No
         assert prices.total(units) <= least + 1e-2
 
 
-def test_prices_are_multiples_of_their_grain_where_no_prices_nearby_suit() -> None:
-    rows, around = np.array([[0, 1], [2, 3]]), np.array([5.3, 5.1, 4.7, 5.2])
+def test_the_price_of_a_unit_makes_up_for_prices_that_may_not_move_far() -> None:
+    rows, around = np.array([[0, 1], [2, 3]]), np.array([5.3, 4.9, 4.9, 5.2])
     prices = master.relax(rows, np.array([1.0, 1.0]), 4, 2, around, 0.1, Clock.start())
     assert (prices.item * 2**16 == np.round(prices.item * 2**16)).all()
+    np.testing.assert_allclose(prices.item, around, atol=0.1 + 2.0**-16)
+    np.testing.assert_allclose(prices.of(rows), 1.0, atol=2.0**-14)
+    assert prices.total(2) == pytest.approx(2.0, abs=2.0**-13)
+
+
+def test_prices_stay_where_they_are_without_time() -> None:
+    clock = Clock.start(seconds=0)
+    rng = np.random.default_rng(0)
+    rows = rng.permuted(np.tile(np.arange(40), (4000, 1)), axis=1)[:, :8]
+    around = np.full(40, 5.3)
+    prices = master.relax(rows, rng.integers(30, 60, 4000).astype(float), 40, 5, around, 9.0, clock)
     np.testing.assert_allclose(prices.item, around, atol=2.0**-16)

@@ -38,7 +38,7 @@ POOL = 8_000  # contents of the first relaxation
 NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents with the same first item that are returned while prices are still wrong
 LISTED = 200_000  # contents listed at most
-RADIUS = 0.3  # of the mean price, by which prices may change in the first step
+RADIUS = 0.1  # of the mean price, by which prices may change in the first step
 # Of what a step promises, contents may be so much cheaper than their prices all together: in late and early steps.
 ACCEPTED, COARSE = 0.2, 0.5
 FAR = 0.05  # of the cost: a step that promises more is early
@@ -150,14 +150,14 @@ class _Search:
             self._raise_bound(prices, priced.floor)
             if self.bound - before >= promised / 4:
                 around = prices.item
-                radius *= 2
-            elif math.isfinite(priced.floor):  # far enough to make up for what was too cheap
-                radius = max(radius / 2, -2 * priced.floor / self.partition.size)
+            else:
+                radius /= 2
 
     def _accepted(self, promised: float) -> float:
-        """How much cheaper than its prices a content may be."""
+        """How much cheaper than its prices a content may be: a share of what is promised, or what is not asked for."""
         share = COARSE if promised > FAR * self.scale else ACCEPTED
-        return share * promised / self.partition.units
+        enough = min(self.known, self.scale) * (1 - self.clock.gap)
+        return max(share * promised, self.bound + promised - enough) / self.partition.units
 
     def _relax(self, around: Floats, radius: float) -> Prices:
         """The relaxation's prices, once descents from the contents it uses find none that is cheaper by far."""
@@ -171,7 +171,7 @@ class _Search:
                 return prices
             limit = min(-self._accepted(promised), -self.blur)
             found = []
-            for at in prices.used:
+            for at in self._starts(prices):
                 if self.clock.expired:
                     return prices
                 found.append(self.tables.descend(self.rows[at], prices, limit))
@@ -182,6 +182,14 @@ class _Search:
             _, first = np.unique(rows, axis=0, return_index=True)
             if not self._add(rows[first], cost[first], prices):
                 return prices
+
+    def _starts(self, prices: Prices) -> Ints:
+        """Contents to descend from: those that the relaxation uses, and each item's cheapest above its prices."""
+        above = self.cost - prices.of(self.rows)
+        order = np.argsort(-above, kind="stable")
+        cheapest = np.empty(self.partition.num_items + 1, np.int64)
+        cheapest[self.rows[order].ravel()] = np.repeat(order, self.rows.shape[1])  # the last one stays
+        return np.unique(np.append(prices.used, cheapest[:-1]))
 
     def finish(self) -> None:
         """List contents further and further above their prices until the best partition must be among them."""
