@@ -704,10 +704,11 @@ def test_the_price_of_a_unit_makes_up_for_prices_that_may_not_move_far() -> None
     assert prices.total(2) == pytest.approx(2.0, abs=2.0**-13)
 
 
-def test_prices_stay_where_they_are_without_time() -> None:
-    clock = Clock.start(seconds=0)
-    rng = np.random.default_rng(0)
-    rows = rng.permuted(np.tile(np.arange(40), (4000, 1)), axis=1)[:, :8]
-    around = np.full(40, 5.3)
-    prices = master.relax(rows, rng.integers(30, 60, 4000).astype(float), 40, 5, around, 9.0, clock)
-    np.testing.assert_allclose(prices.item, around, atol=2.0**-16)
+def test_prices_stay_where_they_are_without_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < master._within(Clock.start(seconds=0))["time_limit"] < 1
+    monkeypatch.setattr(master, "_within", lambda _: {"time_limit": 0.0})
+    rows, cost, units = random_list(0)
+    prices = master.relax(rows, cost, 9, units, np.full(9, 5.3), 9.0, Clock.start())
+    np.testing.assert_allclose(prices.item, 5.3, atol=2.0**-16)
+    assert prices.unit == 0.0
+    assert len(prices.used) == 0
