@@ -111,9 +111,10 @@ def confirmed(
     With prices p, no content cheaper than p + floor and none but the listed cheaper than p + reach, a partition costs
     at least ``sum(p) + units * floor``; if not all its contents are listed, ``sum(p) + (units - 1) * floor + reach``.
     """
-    price = np.asarray(certificate["prices"], float)
+    # A full unit's price may as well be paid by its experts.
+    price = np.asarray(certificate["prices"], float) + float(certificate["unit_price"]) / size
     experts = len(price)
-    if units * size != experts or float(certificate["unit_price"]) != 0.0:
+    if units * size != experts:
         raise ValueError("expected units that hold equally many experts")
     flat = sets.ravel()
     by_expert = np.argsort(flat, kind="stable")
@@ -138,15 +139,16 @@ def confirmed(
             raise ValueError(f"found {found} contents below the limit, expected at most {len(room)}")
         least = min(least, cheapest)
         contents += [tuple(sorted(row)) for row in room[:found].tolist()]
-    if least < floor:
+    if least < floor - 1e-6:
         return False
     total = float(price.sum())
     if not listed:
-        return math.ceil(total + units * floor) >= bound
+        return math.ceil(total + units * floor - 1e-6) >= bound
     if set(contents) - {tuple(sorted(row)) for row in np.asarray(certificate["contents"]).tolist()}:
         return False
     return (
-        math.ceil(total + (units - 1) * floor + limit) >= bound and _cheapest(contents, used, count) >= bound
+        math.ceil(total + (units - 1) * floor + limit - 1e-6) >= bound
+        and _cheapest(contents, used, count) >= bound
     )
 
 
