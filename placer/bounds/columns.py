@@ -37,7 +37,7 @@ ALL = 50_000  # possible contents up to which all are in the relaxation from the
 POOL = 8_000  # contents of the first relaxation
 NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents with the same first item that are returned while prices are still wrong
-LISTED = 200_000  # contents listed at most
+LISTED = 2_000_000  # contents listed at most
 RADIUS = 0.1  # of the mean price, by which prices may change in the first step
 # Of what a step promises, contents may be so much cheaper than their prices all together: in late and early steps.
 ACCEPTED, COARSE = 0.2, 0.5
