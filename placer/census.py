@@ -13,7 +13,7 @@ import numpy.typing as npt
 from placer import flows
 from placer.errors import InvalidInput
 from placer.flows import Counts, Floats, Flows
-from placer.incidence import Targets, loads, targets
+from placer.incidence import Targets, add_flows, loads, targets
 from placer.placement import Placement
 from placer.topology import Topology
 from placer.trace import Trace
@@ -164,25 +164,15 @@ class _Tally:
         )
 
     def add(self, ids: npt.NDArray[np.integer], homes: npt.NDArray[np.int32]) -> None:
-        from placer.search.counting import count_touched, expect_flows
+        from placer.search.counting import count_touched
 
         topk = np.ascontiguousarray(ids, dtype=np.int32)
         self.experts += np.bincount(topk[topk >= 0], minlength=len(self.experts))
         if self.simple:
             count_touched(topk, self.units, self.touched)
             return
-        expect_flows(
-            topk,
-            homes,
-            self.aimed.candidates,
-            self.aimed.number,
-            self.size,
-            self.server,
-            self.touched,
-            self.remote,
-            self.load,
-            *self.ways,
-        )
+        counters = (self.touched, self.remote, self.load, *self.ways)
+        add_flows(topk, homes, self.aimed, self.size, self.server, *counters)
 
     def follow(
         self,

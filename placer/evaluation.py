@@ -6,7 +6,7 @@ import numpy as np
 
 from placer.alltoall import scheme
 from placer.background import Background
-from placer.census import census
+from placer.census import Census, census
 from placer.errors import InvalidInput
 from placer.flows import Floats
 from placer.homes import homes as homes_of
@@ -34,7 +34,7 @@ def evaluate(
     alltoall: str = "hierarchical",
     replica_choice: str | None = None,
     homes: str = "uniform",
-    gpu_memory: float | None = None,
+    gpu_memory: float | tuple[float, ...] | None = None,
     reserve: float = DEFAULT_RESERVE,
     expert_dtype: str | None = None,
     tokens_per_gpu: int = TOKENS_PER_GPU,
@@ -42,6 +42,7 @@ def evaluate(
     capacity_factor: float | None = None,
     padded: bool = False,
     background: Background | None = None,
+    best_split: bool = False,
     seed: int = 0,
 ) -> Report:
     """Price a placement on a trace.
@@ -61,8 +62,10 @@ def evaluate(
         Dispatch rule; by default the one the placement was made for.
     homes : {"uniform", "trace", "sticky"}
         Where tokens live, see `placer.homes.homes`.
-    gpu_memory, reserve : float
-        Bytes of a GPU (the topology's by default), and bytes of it that experts may not use.
+    gpu_memory : float or tuple of float, optional
+        Bytes of a GPU, or of each GPU of a server or of the machine; the topology's by default.
+    reserve : float
+        Bytes of each GPU that experts may not use.
     expert_dtype : str, optional
         Storage of expert weights; by default the model's own.
     tokens_per_gpu : int
@@ -76,6 +79,8 @@ def evaluate(
         Buffers are padded to the hottest rank, so every link is as busy as the busiest.
     background : Background, optional
         Other traffic on the same links during each phase.
+    best_split : bool
+        Also report how even the load could be if each expert's tokens were split over its copies at best.
     seed : int
         Deals sequences to ranks when homes are sticky.
 
@@ -115,7 +120,7 @@ def evaluate(
     if capacity_factor is not None and not capacity_factor > 0:
         raise InvalidInput(f"capacity factor: found {capacity_factor}, expected more than 0")
     priced = scheme(alltoall)
-    capacity = topology.gpu_memory if gpu_memory is None else gpu_memory
+    capacity = (topology.gpu_memories or topology.gpu_memory) if gpu_memory is None else gpu_memory
     held_bytes = worst_gpu_bytes(
         placement, sized, capacity=capacity, reserve=reserve, expert_dtype=expert_dtype
     )
@@ -138,12 +143,19 @@ def evaluate(
         layers=trace.num_layers,
         alltoall=alltoall,
         replica_choice=rule,
-        memory={"worst_gpu_bytes": held_bytes, "capacity_bytes": capacity, "reserve_bytes": reserve},
-        assumptions=_assumptions(step, tokens_per_gpu, homes, placement),
+        best_split=_best_split(placement, counted) if best_split else None,
+        memory={"worst_gpu_bytes": held_bytes, "capacity_bytes": float(np.min(capacity)), "reserve_bytes": reserve},
+        assumptions=_assumptions(step, tokens_per_gpu, homes, placement, rule),
         steps=None if trace.step is None else _steps(trace),
         load_per_step=None if trace.step is None else _per_step(placement, trace, topology, held),
         **step.price(counted, held, trace.num_tokens, trace.layer_ids),
     )
+
+
+def _best_split(placement: Placement, counted: list[Census]) -> dict[str, dict[str, float]]:
+    from placer.split import best_split
+
+    return best_split(placement, np.array([layer.experts for layer in counted]))
 
 
 def _shares_held(placement: Placement) -> list[Floats]:
@@ -228,7 +240,9 @@ def format_ids(ids: tuple[int, ...]) -> str:
     return f"{ids[0]}..{ids[-1]}" if runs else ",".join(map(str, ids))
 
 
-def _assumptions(step: Step, tokens_per_gpu: int, homes: str, placement: Placement) -> tuple[str, ...]:
+def _assumptions(
+    step: Step, tokens_per_gpu: int, homes: str, placement: Placement, rule: str
+) -> tuple[str, ...]:
     model, alltoall = step.model, step.scheme.name
     lives = {
         "uniform": "homes are uniform over all GPUs",
@@ -273,5 +287,9 @@ def _assumptions(step: Step, tokens_per_gpu: int, homes: str, placement: Placeme
         )
         said.append(f"model {model.name}: hidden size {model.hidden_size}, {dtypes}")
     if placement.has_copies:
-        said.append("each copy is picked independently of a token's other experts")
+        said.append(
+            "each token takes copies in the fewest other servers, ties shared out evenly"
+            if rule == "cover"
+            else "each copy is picked independently of a token's other experts"
+        )
     return tuple(said)

@@ -11,6 +11,8 @@ from placer.errors import InvalidInput
 
 Floats = npt.NDArray[np.float64]
 
+LARGEST_COVER = 64  # experts of a token, as bits of a mask
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Incidence:
@@ -34,16 +36,22 @@ class Incidence:
 class Targets:
     """The ranks that may serve each expert, by home; each with equal chance.
 
+    Under the rule "cover", an expert without a copy in the home's server is served where
+    `placer.search.counting.plan_cover` says, out of these.
+
     Parameters
     ----------
     candidates : (homes, num_experts, most_copies) int32
         Ranks; one row for all homes when no expert has copies.
     number : (homes, num_experts) int32
         How many of `candidates` count.
+    cover : bool
+        Whether the rule is "cover".
     """
 
     candidates: npt.NDArray[np.int32]
     number: npt.NDArray[np.int32]
+    cover: bool = False
 
     @property
     def rank_of(self) -> npt.NDArray[np.int32] | None:
@@ -72,7 +80,7 @@ def targets(
         Ranks in one unit of each level, inside out.
     server_ranks : int
         Ranks of one server.
-    rule : {"nearest", "spread", "table"}
+    rule : {"nearest", "spread", "table", "cover"}
         Which copy a token takes; without copies it does not matter.
     table : (num_servers, num_experts) int32, optional
         Slot for each source server and expert, for the rule "table".
@@ -80,7 +88,7 @@ def targets(
     Raises
     ------
     InvalidInput
-        When the rule needs a table that is not there, or cannot be priced.
+        When the rule is unknown or needs a table that is not there.
     """
     per_rank = len(slots) // num_ranks
     held = np.flatnonzero(slots >= 0)
@@ -95,13 +103,14 @@ def targets(
     slots_of[slots[order], np.arange(len(order)) - first[slots[order]]] = order
     if rule == "table":
         candidates, number = _fixed(slots_of, copies, num_ranks, per_rank, server_ranks, table)
-    elif rule in ("nearest", "spread"):
-        candidates, number = _allowed(slots_of, num_ranks, per_rank, unit_ranks if rule == "nearest" else ())
     else:
-        raise InvalidInput(
-            f"replica choice {rule!r}: cannot be priced for copies; expected nearest, spread or table"
-        )
-    return Targets(candidates=candidates, number=number)
+        tiers = {"nearest": unit_ranks, "spread": (), "cover": (1, server_ranks)}
+        if rule not in tiers:
+            raise InvalidInput(
+                f"replica choice: found {rule!r}, expected one of {', '.join((*tiers, 'table'))}"
+            )
+        candidates, number = _allowed(slots_of, num_ranks, per_rank, tiers[rule])
+    return Targets(candidates=candidates, number=number, cover=rule == "cover")
 
 
 def incidence(
@@ -125,7 +134,7 @@ def incidence(
     server : int
         Position of the level ``server``.
     """
-    from placer.search.counting import count_touched, expect_flows
+    from placer.search.counting import count_touched
 
     size = np.array(unit_ranks, np.int64)
     if aimed.rank_of is None:
@@ -133,10 +142,7 @@ def incidence(
         pairs = np.zeros((3, num_ranks, unit_ranks[server]))
         ports = np.zeros((3, len(size), num_ranks))
         everywhere = np.zeros(0, np.int32)
-        ways = (pairs, ports, ports.copy())
-        expect_flows(
-            topk, everywhere, aimed.candidates, aimed.number, size, server, touched, remote, load, *ways
-        )
+        add_flows(topk, everywhere, aimed, size, server, touched, remote, load, pairs, ports, ports.copy())
         return Incidence(touched=touched, remote=remote, load=load)
     units = (aimed.rank_of[None, :] // size[:, None]).astype(np.int32)
     counts = np.zeros((len(size), num_ranks), np.int64)
@@ -147,6 +153,30 @@ def incidence(
         remote=counts * (1.0 - size[:, None] / num_ranks),
         load=loads(used, units, num_ranks),
     )
+
+
+def add_flows(
+    topk: npt.NDArray[np.signedinteger],
+    homes: npt.NDArray[np.int32],
+    aimed: Targets,
+    size: npt.NDArray[np.int64],
+    server: int,
+    *counters: Floats,
+) -> None:
+    """Count tokens into the `counters` of `placer.search.counting.expect_flows`.
+
+    Raises
+    ------
+    InvalidInput
+        When servers are to be chosen for more experts a token than fit into a bit mask.
+    """
+    from placer.search.counting import expect_flows
+
+    if aimed.cover and topk.shape[1] > LARGEST_COVER:
+        raise InvalidInput(
+            f"replica choice 'cover': found {topk.shape[1]} experts a token, expected at most {LARGEST_COVER}"
+        )
+    expect_flows(topk, homes, aimed.candidates, aimed.number, size, server, aimed.cover, *counters)
 
 
 def loads(

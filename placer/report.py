@@ -105,6 +105,9 @@ class Report:
     load_per_step : dict of dict, optional
         Per level ``mean``, ``p99`` and ``max`` over steps and layers of the busiest unit over mean; None when the
         trace has no steps.
+    best_split : dict of dict, optional
+        `load` if each expert's tokens were split over its copies at best, see `placer.split.best_split`; None unless
+        asked for, and then not in the JSON document either.
     memory : dict
         ``worst_gpu_bytes`` of experts on the fullest GPU (None when the expert size is unknown), with
         ``capacity_bytes`` and ``reserve_bytes``.
@@ -132,12 +135,14 @@ class Report:
     dropped: float
     steps: dict[str, float] | None
     load_per_step: dict[str, dict[str, float]] | None
+    best_split: dict[str, dict[str, float]] | None = None
     memory: dict[str, float | None]
     assumptions: tuple[str, ...]
     per_layer: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document ``placer/report/1``."""
+        split = {} if self.best_split is None else {"best_split": self.best_split}
         return {
             "schema": SCHEMA,
             "tokens": self.tokens,
@@ -149,6 +154,7 @@ class Report:
             "bytes_per_token": self.bytes_per_token,
             "bytes_by_scheme": self.bytes_by_scheme,
             "load": self.load,
+            **split,
             "seconds": self.seconds,
             "overlap": self.overlap,
             "latency": self.latency,
@@ -262,6 +268,12 @@ class Report:
                 f"{format_bytes(self.bytes_per_token[level]):>13}"
                 f"{self.load[level]['max_over_mean']:15.3f}{self.load[level]['worst_layer']:13.3f}"
             )
+        if self.best_split is not None:
+            each = ", ".join(
+                f"{level} {row['max_over_mean']:.3f} / {row['worst_layer']:.3f}"
+                for level, row in self.best_split.items()
+            )
+            lines.append(f"load under the best split over copies, max/mean / worst layer: {each}")
         seconds = self.seconds
         lines.append(
             f"step {format_seconds(seconds['step'])}: dispatch {format_seconds(seconds['dispatch'])}, "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from math import prod
 from typing import Any
 
@@ -58,8 +58,8 @@ def picks(expert: int, home: int, slots: Sequence[int], machine: Machine, rule: 
     if rule == "table":
         slot = int(table[home // machine.width][expert])
         return [slot // per_rank] if slot >= 0 else copies
-    if rule == "nearest":
-        for size in machine.sizes:
+    if rule in ("nearest", "cover"):
+        for size in machine.sizes if rule == "nearest" else (1, machine.width):
             near = [rank for rank in copies if rank // size == home // size]
             if near:
                 return near
@@ -71,9 +71,26 @@ def outcomes(
 ) -> Iterator[tuple[float, tuple[int, ...]]]:
     """Every combination of picks of one token at one home, as (chance, rank that serves each choice)."""
     choices = [picks(int(e), home, slots, machine, rule, table) for e in token if e >= 0]
-    combinations = list(product(*choices))
-    for ranks in combinations:
-        yield 1.0 / len(combinations), ranks
+    ways = covered(choices, home, machine) if rule == "cover" else [choices]
+    for left in ways:
+        served = list(product(*left))
+        for ranks in served:
+            yield 1.0 / len(ways) / len(served), ranks
+
+
+def covered(choices: Sequence[Sequence[int]], home: int, machine: Machine) -> list[list[list[int]]]:
+    """The choices left of every smallest set of servers that holds all of them besides the home's own."""
+    away = [server for server in range(machine.ranks // machine.width) if server != home // machine.width]
+    for size in range(len(away) + 1):
+        found = []
+        for servers in combinations(away, size):
+            allowed = {home // machine.width, *servers}
+            left = [[rank for rank in ranks if rank // machine.width in allowed] for ranks in choices]
+            if all(left):
+                found.append(left)
+        if found:
+            return found
+    raise AssertionError("some expert is held nowhere")
 
 
 def measure(

@@ -411,11 +411,10 @@ def test_the_layers_that_differ_can_be_told_from_the_message() -> None:
     assert {"1", "2"} <= set(re.findall(r"\d+", str(caught.value)))
 
 
-@pytest.mark.parametrize("rule", ["table", "cover"])
-def test_a_rule_that_cannot_be_priced_for_copies_is_refused(rule: str) -> None:
-    placement = Placement(physical_to_logical=np.array([[0, 0]]), num_experts=1, shape=(1, 1, 2), rule=rule)
+def test_a_table_that_is_not_there_is_refused() -> None:
+    placement = Placement(physical_to_logical=np.array([[0, 0]]), num_experts=1, shape=(1, 1, 2), rule="table")
     trace = Trace(topk_idx=np.array([[[0]]]), num_experts=1)
-    with pytest.raises(InvalidInput, match=rule):
+    with pytest.raises(InvalidInput, match="table"):
         evaluate(placement, trace, H100.with_shape("1x1x2"))
 
 

@@ -45,6 +45,11 @@ Example:
     help="How they are queued: whole sequences, or one token of each running sequence.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Deals sequences to GPUs and steps.")
+@click.option(
+    "--best-split",
+    is_flag=True,
+    help="Also show how even the load could be, were each expert's tokens split over its copies at best.",
+)
 @click.option("--explain", is_flag=True, help="Say in five lines where the time goes.")
 @click.option(
     "--require",

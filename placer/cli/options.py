@@ -112,12 +112,31 @@ class Number(ParamType):
         return number
 
 
+class Count(ParamType):
+    """A whole number of at least 0, or one of some words."""
+
+    name = "count"
+
+    def __init__(self, expected: str, *, words: Iterable[str] = ()) -> None:
+        self.expected, self.words = expected, frozenset(words)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        text = value.strip().lower()
+        if text in self.words:
+            return text
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            self.fail(f"found {value!r}, expected {self.expected}", param, ctx)
+        return int(text)
+
+
 class Numbers(ParamType):
     """Several numbers with commas between them, as a tuple."""
 
     name = "numbers"
 
-    def __init__(self, number: Number) -> None:
+    def __init__(self, number: Number | Count) -> None:
         self.number = number
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -387,21 +406,12 @@ step = _together(
         help="Let that traffic queue as well (M/D/1, utilisation up to 0.95).",
     ),
 )
-slots = _together(
-    click.option(
-        "--redundant",
-        type=click.IntRange(min=0),
-        metavar="N",
-        show_default="0",
-        help="Spare slots a layer, over all GPUs.",
-    ),
-    click.option(
-        "--slots-per-gpu",
-        type=click.IntRange(min=1),
-        metavar="N",
-        show_default="just enough",
-        help="Slots a layer, on each GPU; instead of --redundant.",
-    ),
+slots_per_gpu = click.option(
+    "--slots-per-gpu",
+    type=click.IntRange(min=1),
+    metavar="N",
+    show_default="just enough",
+    help="Slots a layer, on each GPU; instead of --redundant.",
 )
 load_margin = click.option(
     "--load-margin",

@@ -73,14 +73,15 @@ def count_touched(tokens, unit_of_expert, touched):
 
 @kernel
 def expect_flows(
-    tokens, homes, candidates, num_candidates, size, server, touched, remote, load, pairs, out, into
+    tokens, homes, candidates, num_candidates, size, server, cover, touched, remote, load, pairs, out, into
 ):
     """Expected touched units, loads and vectors over link directions, for homes and copies of any kind.
 
     For home h and expert e, `candidates[h, e, :num_candidates[h, e]]` are the ranks whose copies the dispatch rule
     may pick, each with equal chance and independently of the token's other experts; one row serves all homes. A
-    unit is touched with chance ``1 - prod(1 - chance of each expert)``. Without `homes` every rank is the home of
-    every token with equal chance.
+    unit is touched with chance ``1 - prod(1 - chance of each expert)``. With `cover`, experts that have no copy in
+    the home's server go where `plan_cover` sends them instead. Without `homes` every rank is the home of every
+    token with equal chance.
 
     Adds, per level and unit: `touched` units, `remote` ones (home elsewhere), picks `load`; and for three ways of
     sending, as in `placer.flows.Flows`, to `pairs` (3, ranks, GPUs of a server), `out` and `into` (3, levels,
@@ -91,42 +92,84 @@ def expect_flows(
     width = size[server]
     miss = np.ones(ranks, np.float64)
     now = np.zeros(ranks, np.float64)
+    hit = np.zeros(ranks, np.float64)
     seen = np.empty(ranks, np.int64)
+    chosen = np.zeros(ranks // width, np.bool_)
+    most = tokens.shape[1] * candidates.shape[2]
+    picked, unit, share_of = np.empty(most, np.int64), np.empty(most, np.int64), np.empty(most, np.float64)
+    end = np.empty(tokens.shape[1], np.int64)  # of the picks of each expert
+    # Plans for the experts that are not at home: one for homes with none of them, one for the last other set.
+    planned = np.zeros(2, np.uint64)
+    plans = (2, levels + 1, ranks if cover else 0)
+    length = np.zeros(plans[:2], np.int64)
+    where, chances = np.zeros(plans, np.int64), np.zeros(plans, np.float64)
     everywhere = homes.shape[0] == 0
     share = 1.0 / ranks if everywhere else 1.0
     for t in range(tokens.shape[0]):
         first, last = (0, ranks) if everywhere else (homes[t], homes[t] + 1)
+        planned[:] = np.uint64(0)
         for home in range(first, last):
             row = home if candidates.shape[0] > 1 else 0
             rail = home % width
+            afar, plan, near, n = np.uint64(0), 0, 0, 0
+            for j in range(tokens.shape[1]):
+                e = tokens[t, j]
+                if e < 0:
+                    continue
+                if cover and candidates[row, e, 0] // width != home // width:
+                    afar |= np.uint64(1) << np.uint64(j)
+                    continue
+                count = num_candidates[row, e]
+                for c in range(count):
+                    picked[n], share_of[n] = candidates[row, e, c], 1.0 / count
+                    n += 1
+                end[near] = n
+                near += 1
+            if afar != 0:
+                plan = 0 if near == 0 else 1
+                if planned[plan] != afar:
+                    planned[plan] = afar
+                    plan_cover(
+                        tokens[t], afar, candidates[row], num_candidates[row], size, width,
+                        now, miss, hit, seen, chosen, length[plan], where[plan], chances[plan],
+                    )  # fmt: skip
+                for x in range(length[plan, levels]):
+                    picked[n], share_of[n] = where[plan, levels, x], chances[plan, levels, x]
+                    n += 1
+            num_picks = n
             for level in range(levels):
-                n = 0
                 own = home // size[level]
-                for j in range(tokens.shape[1]):
-                    e = tokens[t, j]
-                    if e < 0:
-                        continue
-                    count = num_candidates[row, e]
-                    chance = 1.0 / count
-                    for c in range(count):
-                        rank = candidates[row, e, c]
-                        u = rank // size[level]
-                        now[u] += chance
-                        load[level, u] += chance * share
-                        if level == 0:
-                            if u // width == home // width and u != home:
-                                pairs[0, home, u % width] += chance * share
-                        elif u != own:
-                            out[0, level, home] += chance * share
-                            into[0, level, rank] += chance * share
-                    for c in range(count):
-                        u = candidates[row, e, c] // size[level]
+                for x in range(num_picks):
+                    u = picked[x] // size[level]
+                    unit[x] = u
+                    picks = share_of[x] * share
+                    load[level, u] += picks
+                    if level == 0:
+                        if u // width == home // width and u != home:
+                            pairs[0, home, u % width] += picks
+                    elif u != own:
+                        out[0, level, home] += picks
+                        into[0, level, picked[x]] += picks
+                n, start = 0, 0
+                for j in range(near):
+                    for x in range(start, end[j]):
+                        now[unit[x]] += share_of[x]
+                    for x in range(start, end[j]):
+                        u = unit[x]
                         if now[u] > 0.0:
                             if miss[u] == 1.0:
                                 seen[n] = u
                                 n += 1
                             miss[u] *= max(0.0, 1.0 - now[u])
                             now[u] = 0.0
+                    start = end[j]
+                if afar != 0:
+                    for x in range(length[plan, level]):
+                        u = where[plan, level, x]
+                        if miss[u] == 1.0:
+                            seen[n] = u
+                            n += 1
+                        miss[u] *= 1.0 - chances[plan, level, x]
                 for x in range(n):
                     u = seen[x]
                     p = (1.0 - miss[u]) * share
@@ -146,6 +189,158 @@ def expect_flows(
                         if u // size[outer] != home // size[outer]:
                             out[1, outer, home] += p
                             into[1, outer, u] += p
+
+
+@kernel
+def plan_cover(
+    token, afar, copies, num_copies, size, width, now, miss, hit, seen, chosen, length, where, chances
+):
+    """Where the experts of a token go that have no copy in its home's server.
+
+    The smallest set of servers that together hold all of them is taken, every such set with equal chance, and
+    each expert picks uniformly among its copies in the set. Experts that share servers, directly or through
+    others, form a component; components choose independently, for a smallest set of all is one of each.
+
+    Parameters: token (top_k,); afar, bit mask of its positions; copies (E, most) and num_copies (E,), ranks; from
+    now to chosen scratch of as many ranks (servers for `chosen`): zeros but for `miss`, ones, left as found.
+    Results: `where[level, :length[level]]` units and `chances` that a component touches them, one entry for each
+    component; in the row after the last level ranks and their expected picks.
+    """
+    levels, bit = size.shape[0], np.uint64(1)
+    servers = np.empty(token.shape[0] * copies.shape[1], np.int64)
+    holds = np.zeros(servers.shape[0], np.uint64)
+    count = 0
+    for j in range(token.shape[0]):
+        if (afar >> np.uint64(j)) & bit == 0:
+            continue
+        for c in range(num_copies[token[j]]):
+            at = copies[token[j], c] // width
+            s = 0
+            while s < count and servers[s] != at:
+                s += 1
+            servers[s] = at
+            count = max(count, s + 1)
+            holds[s] |= bit << np.uint64(j)
+    length[:] = 0
+    sole, forced = held_once(holds[:count]), np.uint64(0)
+    for s in range(count):
+        if holds[s] & sole != 0:
+            forced |= holds[s]
+    left = afar
+    while left != 0:
+        component, before = left & (~left + bit), np.uint64(0)
+        if forced == afar:
+            component = afar  # there is one smallest set, and nothing to tell apart
+        while component != before:
+            before = component
+            for s in range(count):
+                if holds[s] & component != 0:
+                    component |= holds[s]
+        left &= ~component
+        covers = smallest_covers(holds[:count], component)
+        weight = 1.0 / covers.shape[0]
+        for level in range(levels + 1):
+            each = size[level] if level < levels else 1
+            start = length[level]
+            for way in range(covers.shape[0]):
+                for x in range(covers.shape[1]):
+                    chosen[servers[covers[way, x]]] = True
+                n = 0
+                for j in range(token.shape[0]):
+                    if (component >> np.uint64(j)) & bit == 0:
+                        continue
+                    e, number = token[j], 0
+                    for c in range(num_copies[e]):
+                        number += chosen[copies[e, c] // width]
+                    for c in range(num_copies[e]):
+                        if chosen[copies[e, c] // width]:
+                            now[copies[e, c] // each] += 1.0 / number
+                    for c in range(num_copies[e]):
+                        u = copies[e, c] // each
+                        if now[u] > 0.0:
+                            if hit[u] == 0.0 and miss[u] == 1.0:
+                                where[level, length[level]] = u
+                                length[level] += 1
+                            if level == levels:
+                                hit[u] += weight * now[u]
+                            else:
+                                if miss[u] == 1.0:
+                                    seen[n] = u
+                                    n += 1
+                                miss[u] *= max(0.0, 1.0 - now[u])
+                            now[u] = 0.0
+                for x in range(n):
+                    hit[seen[x]] += weight * (1.0 - miss[seen[x]])
+                    miss[seen[x]] = 1.0
+                for x in range(covers.shape[1]):
+                    chosen[servers[covers[way, x]]] = False
+            for x in range(start, length[level]):
+                chances[level, x] = hit[where[level, x]]
+                hit[where[level, x]] = 0.0
+
+
+@kernel
+def held_once(holds):
+    """The experts that one server alone holds, as a bit mask; `holds` (servers,) uint64 are such masks."""
+    once, twice = np.uint64(0), np.uint64(0)
+    for s in range(holds.shape[0]):
+        twice |= once & holds[s]
+        once |= holds[s]
+    return once & ~twice
+
+
+@kernel
+def smallest_covers(holds, wanted):
+    """All smallest sets of servers that together hold every wanted expert, each once: (sets, servers) indices.
+
+    Servers that alone hold an expert are in every set. For the rest, ever larger sets are searched depth-first for
+    the first expert not held yet; servers tried before at a node are shut below it.
+
+    Parameters: holds (servers,) uint64, bit masks of experts; wanted uint64, of which each is held somewhere.
+    """
+    sole = held_once(holds) & wanted
+    path = np.empty(holds.shape[0], np.int64)
+    forced, rest = 0, wanted
+    for s in range(holds.shape[0]):
+        if holds[s] & sole != 0:
+            path[forced] = s
+            forced += 1
+            rest &= ~holds[s]
+    covers = np.empty((1, forced), np.int64)
+    covers[0] = path[:forced]
+    if rest == 0:
+        return covers
+    found, most = 0, forced
+    left = np.empty(holds.shape[0] + 1, np.uint64)
+    cursor = np.empty(holds.shape[0] + 1, np.int64)
+    shut = np.full(holds.shape[0], -1, np.int64)
+    while found == 0:
+        most += 1
+        covers = np.empty((4, most), np.int64)
+        depth = forced
+        left[depth], cursor[depth] = rest, 0
+        while depth >= forced:
+            first = left[depth] & (~left[depth] + np.uint64(1))
+            s = cursor[depth]
+            while s < holds.shape[0] and (holds[s] & first == 0 or shut[s] >= 0):
+                s += 1
+            if s == holds.shape[0]:
+                for x in range(s):
+                    if shut[x] == depth:
+                        shut[x] = -1
+                depth -= 1
+                continue
+            path[depth], shut[s], cursor[depth] = s, depth, s + 1
+            open_ = left[depth] & ~holds[s]
+            if open_ == 0:
+                if found == covers.shape[0]:
+                    covers = np.concatenate((covers, np.empty_like(covers)))
+                covers[found] = path[:most]
+                found += 1
+            elif depth + 1 < most:
+                depth += 1
+                left[depth], cursor[depth] = open_, 0
+    return covers[:found]
 
 
 @kernel
