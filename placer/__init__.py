@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from placer.placement import Placement as Placement
     from placer.problem import Problem as Problem
     from placer.report import Report as Report
+    from placer.rebalance import rebalance_experts as rebalance_experts
     from placer.result import Budget as Budget
     from placer.result import Result as Result
     from placer.solution import solve as solve
@@ -51,6 +52,7 @@ _HOME = {
     "certify": "certificate",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "rebalance_experts": "rebalance",
     "solve": "solution",
     "synth": "synthetic",
 }
