@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from placer.errors import InvalidInput, PlacerError
+from placer.errors import Infeasible, InvalidInput, PlacerError
 from placer.evaluation import evaluate
 from placer.placement import Placement, format_shape
-from placer.problem import Problem
+from placer.problem import Problem, slots_per_rank
 from placer.report import Report, format_seconds
 from placer.result import Budget
 from placer.solution import solve
@@ -28,7 +29,7 @@ BASELINE = "linear"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One run: a method under one load cap with one seed.
+    """One run: a method under one load cap, with so many spare slots and one seed.
 
     Parameters
     ----------
@@ -38,6 +39,8 @@ class Row:
         Whether the method keeps load caps at all.
     max_load : float or None
         The cap; None where there is none or the method keeps none.
+    redundant : int
+        Spare slots of a layer, over all GPUs.
     seconds : float
         Wall seconds of the fit.
     train, held_out : Report
@@ -48,6 +51,7 @@ class Row:
     seed: int
     keeps_caps: bool
     max_load: float | None
+    redundant: int
     seconds: float
     train: Report
     held_out: Report
@@ -59,6 +63,7 @@ class Row:
             "seed": self.seed,
             "keeps_caps": self.keeps_caps,
             "max_load": self.max_load,
+            "redundant": self.redundant,
             "seconds": self.seconds,
             "train": self.train.to_dict(),
             "held_out": self.held_out.to_dict(),
@@ -97,45 +102,46 @@ class Comparison:
         }
 
     def against_linear(self, row: Row) -> float | None:
-        """Change of the held-out remote units against `linear` of the same seed, a fraction; None without traffic."""
-        base = [other for other in self.rows if other.method == BASELINE]
+        """Change of the held-out remote units against `linear` of the same seed and spare slots, a fraction; None
+        without traffic."""
+        base = [other for other in self.rows if (other.method, other.redundant) == (BASELINE, row.redundant)]
         base = [other for other in base if other.seed == row.seed] or base
         before = base[0].held_out.remote[self.level] if base else 0.0
         return row.held_out.remote[self.level] / before - 1.0 if before else None
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, float | None], list[Row]] = {}
+        groups: dict[tuple[str, int, float | None], list[Row]] = {}
         for row in self.rows:
-            groups.setdefault((row.method, row.max_load), []).append(row)
-        header = [
-            "method",
-            "max load",
-            f"touched.{self.level}",
-            f"remote.{self.level}",
-            "load.gpu",
-            "load.server",
-            "seconds",
-            "vs linear",
-        ]
-        lines = [
-            [
-                method,
-                _cap(rows[0].keeps_caps, cap),
-                _both(rows, lambda report: report.touched[self.level]),
-                _both(rows, lambda report: report.remote[self.level]),
-                _both(rows, lambda report: report.load["gpu"]["max_over_mean"]),
-                _both(rows, lambda report: report.load["server"]["max_over_mean"]),
-                f"{np.mean([row.seconds for row in rows]):.1f}",
-                _percent([self.against_linear(row) for row in rows]),
-            ]
-            for (method, cap), rows in groups.items()
-        ]
+            groups.setdefault((row.method, row.redundant, row.max_load), []).append(row)
+        spare = any(row.redundant for row in self.rows)
+        columns: dict[str, Callable[[list[Row]], str | None]] = {
+            "method": lambda rows: rows[0].method,
+            "max load": lambda rows: _cap(rows[0].keeps_caps, rows[0].max_load),
+            "redundant": lambda rows: str(rows[0].redundant),
+            f"touched.{self.level}": lambda rows: _both(rows, lambda report: report.touched[self.level]),
+            f"remote.{self.level}": lambda rows: _both(rows, lambda report: report.remote[self.level]),
+            "load.gpu": lambda rows: _both(rows, lambda report: report.load["gpu"]["max_over_mean"]),
+            "load.server": lambda rows: _both(rows, lambda report: report.load["server"]["max_over_mean"]),
+            "GB a GPU": _gigabytes,
+            "seconds": lambda rows: f"{np.mean([row.seconds for row in rows]):.1f}",
+            "vs linear": lambda rows: _percent([self.against_linear(row) for row in rows]),
+        }
+        # With copies only remote units count; without them, touched units say the same in a more familiar way.
+        del columns[f"touched.{self.level}" if spare else "redundant"]
+        if all(_gigabytes([row]) is None for row in self.rows):
+            del columns["GB a GPU"]
+        lines = [[cell(rows) for cell in columns.values()] for rows in groups.values()]
         seeds = len({row.seed for row in self.rows})
-        legend = f"Cells: fitted / held out; vs linear: held-out remote.{self.level}, negative is better"
+        same = " with as many spare slots" if spare else ""
+        legend = (
+            f"Cells: fitted / held out; vs linear{same}: held-out remote.{self.level}, negative is better"
+        )
+        if "GB a GPU" in columns:
+            legend += "; GB a GPU: experts of all layers on the fullest"
         if seeds > 1:
             legend += f"; means over {seeds} seeds, +- their standard deviation"
         return "\n".join(
-            [self.title, legend, "", aligned(header, lines), *(f"note: {n}" for n in self.notes)]
+            [self.title, legend, "", aligned(list(columns), lines), *(f"note: {n}" for n in self.notes)]
         )
 
 
@@ -149,11 +155,12 @@ def compare(
     seed: int = 0,
     seeds: int = 1,
     max_loads: Sequence[float | None] = (1.05,),
+    redundants: Sequence[int] | None = None,
     split_seed: int = 0,
     jobs: int = 1,
     budget: Budget | None = None,
     alltoall: str = "hierarchical",
-    on_start: Callable[[str, float | None, int], None] | None = None,
+    on_start: Callable[[str, float | None, int, int], None] | None = None,
     on_row: Callable[[Row], None] | None = None,
     stop: threading.Event | None = None,
     **problem_options: Any,
@@ -175,6 +182,9 @@ def compare(
         The first seed, and how many.
     max_loads : sequence of float or None
         Load caps to run; methods that keep none run once.
+    redundants : sequence of int, optional
+        Spare slots of a layer over all GPUs, each with every cap and with a baseline of its own; by default as
+        `problem_options` say. Of several, those that do not fit into memory are left out.
     split_seed : int
         Another one gives another split.
     jobs, budget
@@ -182,7 +192,7 @@ def compare(
     alltoall : str
         As for `placer.evaluate`.
     on_start : callable, optional
-        Called with method, load cap (None without one) and seed before each run.
+        Called with method, load cap (None without one), seed and spare slots before each run.
     on_row : callable, optional
         Called with each `Row` as it is done.
     stop : threading.Event, optional
@@ -214,6 +224,7 @@ def compare(
         raise InvalidInput(f"holdout: found {holdout}, expected more than 0 and less than 1")
     if not max_loads:
         raise InvalidInput("max loads: found none, expected at least one cap")
+    slots = _slots(trace, topology, redundants, problem_options)
     fit, unseen = (trace, test) if test is not None else trace.split(1.0 - holdout, seed=split_seed)
     if (unseen.num_experts, unseen.layer_ids) != (fit.num_experts, fit.layer_ids):
         raise InvalidInput(
@@ -227,8 +238,9 @@ def compare(
         notes.append(
             "split by blocks of tokens: the trace names no sequences, so the parts are less independent"
         )
-    problems = [_fitted(fit, topology, max_loads[0], problem_options)]
-    problems += [replace(problems[0], max_load=cap) for cap in max_loads[1:]]
+    posed = Problem.from_trace(
+        fit, topology, max_load=max_loads[0], slots_per_gpu=slots[0], **problem_options
+    )
 
     def run(method: str, problem: Problem, keeps_caps: bool, seed: int) -> Row:
         result = solve(problem, method, budget=budget, seed=seed, jobs=jobs, stop=stop)
@@ -237,6 +249,7 @@ def compare(
             seed=seed,
             keeps_caps=keeps_caps,
             max_load=problem.max_load if keeps_caps else None,
+            redundant=problem.num_slots - problem.num_experts,
             seconds=result.seconds,
             train=_judge(result.placement, fit, problem, alltoall),
             held_out=_judge(result.placement, unseen, problem, alltoall),
@@ -246,16 +259,28 @@ def compare(
     for method, handles in _runnable(methods, notes):
         keeps = "caps" in handles
         try:
-            for problem in problems if keeps else problems[:1]:
-                for number in range(seed, seed + seeds):
-                    if on_start is not None:
-                        on_start(method, problem.max_load if keeps else None, number)
-                    row = run(method, problem, keeps, number)
-                    if stop.is_set():
-                        return _comparison(rows, fit, unseen, test, topology, [*notes, "interrupted"])
-                    rows.append(row)
-                    if on_row is not None:
-                        on_row(row)
+            for number, cap, at in itertools.product(
+                tuple(slots), max_loads if keeps else max_loads[:1], range(seed, seed + seeds)
+            ):
+                if number not in slots:
+                    continue
+                problem = replace(posed, slots_per_rank=number, max_load=cap)
+                spare = problem.num_slots - problem.num_experts
+                if on_start is not None:
+                    on_start(method, cap if keeps else None, at, spare)
+                try:
+                    row = run(method, problem, keeps, at)
+                except Infeasible as error:
+                    if method != BASELINE or len(slots) == 1:
+                        raise
+                    notes.append(f"redundant {spare} left out: {error}")
+                    slots.remove(number)
+                    continue
+                if stop.is_set():
+                    return _comparison(rows, fit, unseen, test, topology, [*notes, "interrupted"])
+                rows.append(row)
+                if on_row is not None:
+                    on_row(row)
         except ImportError as error:
             notes.append(f"{method} left out: {error.name or error} is not installed")
         except PlacerError as error:
@@ -265,21 +290,28 @@ def compare(
     return _comparison(rows, fit, unseen, test, topology, notes)
 
 
-def _fitted(fit: Trace, topology: Topology, cap: float | None, options: dict[str, Any]) -> Problem:
-    return Problem.from_trace(fit, topology, max_load=cap, **options)
+def _slots(
+    trace: Trace, topology: Topology, redundants: Sequence[int] | None, options: dict[str, Any]
+) -> list[int]:
+    """Slots a GPU to run, each once; takes what says so out of the options of a problem."""
+    redundant, slots_per_gpu = options.pop("redundant", None), options.pop("slots_per_gpu", None)
+    if redundants is not None and redundant is not None:
+        raise InvalidInput("redundants and redundant exclude each other")
+    asked = (redundant,) if redundants is None else redundants
+    if not asked:
+        raise InvalidInput("redundants: found none, expected at least one number of spare slots")
+    per_rank = (slots_per_rank(trace.num_experts, topology.num_ranks, n, slots_per_gpu) for n in asked)
+    return list(dict.fromkeys(per_rank))
 
 
 def _judge(placement: Placement, trace: Trace, problem: Problem, alltoall: str) -> Report:
-    return evaluate(
-        placement,
-        trace,
-        problem.topology,
-        model=problem.model,
-        alltoall=alltoall,
-        gpu_memory=problem.gpu_memory,
-        reserve=problem.reserve,
-        expert_dtype=problem.expert_dtype,
-    )
+    priced: dict[str, Any] = {
+        "model": problem.model,
+        "gpu_memory": problem.gpu_memory,
+        "reserve": problem.reserve,
+        "expert_dtype": problem.expert_dtype,
+    }
+    return evaluate(placement, trace, problem.topology, alltoall=alltoall, **priced)
 
 
 def _runnable(methods: Sequence[str] | None, notes: list[str]) -> Iterator[tuple[str, frozenset[str]]]:
@@ -364,6 +396,11 @@ def _cap(kept: bool, cap: float | None) -> str | None:
     if not kept:
         return None
     return "none" if cap is None else f"{cap:g}"
+
+
+def _gigabytes(rows: list[Row]) -> str | None:
+    held = rows[0].train.memory["worst_gpu_bytes"]
+    return None if held is None else f"{held / 1e9:.3g}"
 
 
 def _percent(changes: list[float | None]) -> str | None:

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from placer.errors import InvalidInput
 from placer.files import nearest
 
-# Bytes of one parameter. Block scales are left out: 4 bytes for 128 x 128 weights in DeepSeek's FP8, 1 byte
-# for 32 weights in the MXFP4 of gpt-oss.
-PARAMETER_BYTES: Mapping[str, float] = MappingProxyType({"bf16": 2.0, "fp8": 1.0, "fp4": 0.5})
+# Bytes of one parameter. FP4 is MXFP4, 4.25 bits with its scale of 1 byte for 32 weights (gpt-oss, arXiv:2508.10925);
+# the 4 bytes for 128 x 128 weights of DeepSeek's FP8 are left out: 0.02 %.
+PARAMETER_BYTES: Mapping[str, float] = MappingProxyType({"bf16": 2.0, "fp8": 1.0, "fp4": 4.25 / 8.0})
 
 # Bytes of one element of a hidden vector on the wire. FP8 carries one FP32 scale for 128 channels
 # (DeepEP, docs/legacy.md).
@@ -43,6 +43,7 @@ class Model:
         Inner width of one routed expert, which has three matrices: gate, up and down.
     num_layers, num_moe_layers, num_experts, num_shared_experts, top_k : int or None
         `num_experts` counts the routed experts of one layer.
+        A shared expert is as large as a routed one, and every GPU holds all of them.
     num_groups, topk_groups : int
         Expert groups of the router and how many of them a token may use; 1 and 1 without a group limit.
     expert_dtype : {"bf16", "fp8", "fp4"}
@@ -133,6 +134,17 @@ class Model:
         """
         size = _bytes_of(dtype or self.expert_dtype, PARAMETER_BYTES, f"model {self.name}: expert dtype")
         return None if self.expert_parameters is None else self.expert_parameters * size
+
+    def shared_bytes(self, dtype: str | None = None) -> float | None:
+        """Bytes of one layer's shared experts, stored as the routed ones are; none where their number is unknown.
+
+        Examples
+        --------
+        >>> Model.named("deepseek-v2").shared_bytes() / 1e6
+        94.37184
+        """
+        size = self.expert_bytes(dtype)
+        return None if size is None else size * (self.num_shared_experts or 0)
 
     @staticmethod
     def named(name: str) -> Model:

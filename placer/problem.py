@@ -9,7 +9,7 @@ import numpy as np
 
 from placer.errors import Infeasible, InvalidInput
 from placer.layer import Experts, Layer
-from placer.memory import require_room
+from placer.memory import Memory
 from placer.model import Model
 from placer.placement import REPLICA_CHOICES
 from placer.topology import Topology
@@ -46,8 +46,10 @@ class Problem:
         How much the search tightens that cap, so that it holds on unseen tokens.
     replica_choice : str
         Dispatch rule: which copy a token takes.
-    gpu_memory, reserve : float
-        Bytes of a GPU, and bytes of it kept for everything but experts.
+    gpu_memory : float or tuple of float
+        Bytes of a GPU; where they differ, of each GPU of a server or of the machine.
+    reserve : float
+        Bytes of each GPU kept for everything but experts.
     expert_dtype : str or None
         Storage of expert weights; None for the model's own.
 
@@ -77,7 +79,7 @@ class Problem:
     max_load: float | None = 1.05
     load_margin: float | str = "auto"
     replica_choice: str = "nearest"
-    gpu_memory: float
+    gpu_memory: float | tuple[float, ...]
     reserve: float = DEFAULT_RESERVE
     expert_dtype: str | None = None
 
@@ -93,7 +95,7 @@ class Problem:
         max_load: float | None = 1.05,
         load_margin: float | str = "auto",
         replica_choice: str = "nearest",
-        gpu_memory: float | None = None,
+        gpu_memory: float | tuple[float, ...] | None = None,
         reserve: float = DEFAULT_RESERVE,
         expert_dtype: str | None = None,
     ) -> Problem:
@@ -111,7 +113,7 @@ class Problem:
             max_load=max_load,
             load_margin=load_margin,
             replica_choice=replica_choice,
-            gpu_memory=topology.gpu_memory if gpu_memory is None else gpu_memory,
+            gpu_memory=(topology.gpu_memories or topology.gpu_memory) if gpu_memory is None else gpu_memory,
             reserve=reserve,
             expert_dtype=expert_dtype,
         )
@@ -155,21 +157,20 @@ class Problem:
             raise InvalidInput(
                 f"replica choice: found {self.replica_choice!r}, expected one of {', '.join(REPLICA_CHOICES)}"
             )
-        if self.replica_choice in ("table", "cover") and self.num_slots > self.num_experts:
-            raise InvalidInput(
-                f"replica choice {self.replica_choice!r}: no method places copies for it; expected nearest or spread"
-            )
-        size = self.model.expert_bytes(self.expert_dtype)
-        experts = -(-self.num_layers * self.num_experts // self.num_ranks)  # of the fullest GPU, at the least
-        if size is not None:
-            require_room(
-                "a GPU",
-                experts,
-                size,
-                layers=self.num_layers,
-                capacity=self.gpu_memory,
-                reserve=self.reserve,
-            )
+        if self.memory is not None:
+            self.memory.require_any(self.num_experts, self.slots_per_rank)
+
+    @property
+    def memory(self) -> Memory | None:
+        """The room of every GPU for experts; None where the size of an expert is unknown."""
+        return Memory.of(
+            self.model,
+            layers=self.num_layers,
+            num_ranks=self.num_ranks,
+            gpu_memory=self.gpu_memory,
+            reserve=self.reserve,
+            expert_dtype=self.expert_dtype,
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -171,7 +171,10 @@ class Topology:
     levels : tuple of Level
         From the inside out; ``gpu`` first, ``server`` and ``rack`` in this order, others where they belong.
     gpu_memory, hbm_bandwidth : float
-        Bytes, and bytes per second, of one GPU's memory.
+        Bytes, and bytes per second, of one GPU's memory; bytes of the smallest where GPUs differ.
+    gpu_memories : tuple of float
+        Bytes of each GPU of a server, the same in all servers, or of each GPU of the machine; empty where all have
+        `gpu_memory`. A file lists them under ``gpu_memory``.
     flops_bf16, flops_fp8 : float
         Dense floating-point operations per second of one GPU.
 
@@ -194,6 +197,7 @@ class Topology:
     hbm_bandwidth: float
     flops_bf16: float
     flops_fp8: float
+    gpu_memories: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
@@ -218,6 +222,21 @@ class Topology:
             )
         for key in ("gpu_memory", "hbm_bandwidth", "flops_bf16", "flops_fp8"):
             _check(key, getattr(self, key), getattr(self, key) > 0, "more than 0")
+        if self.gpu_memories:
+            self._check_memories()
+
+    def _check_memories(self) -> None:
+        server, machine, found = self.shape[2], self.num_ranks, len(self.gpu_memories)
+        if found not in (server, machine):
+            raise InvalidInput(
+                f"gpu_memory lists {found} sizes, expected {server}, one for each GPU of a server, "
+                f"or {machine}, one for each GPU of the machine"
+            )
+        least = min(self.gpu_memories)
+        if self.gpu_memory != least:
+            raise InvalidInput(
+                f"gpu_memory is {shorten(self.gpu_memory)}, expected the least of gpu_memories, {least}"
+            )
 
     @property
     def unit_sizes(self) -> tuple[int, ...]:
@@ -250,15 +269,17 @@ class Topology:
     def with_shape(self, shape: str | tuple[int, int, int]) -> Self:
         """The same machine with other numbers of racks, servers in a rack and GPUs in a server.
 
-        Further levels keep their fan-outs, and the counts must divide by them.
+        Further levels keep their fan-outs, and the counts must divide by them. Memories listed for each GPU of a
+        server stay with it, so servers keep their GPUs; those listed for each GPU of the machine keep their number.
 
         Raises
         ------
         InvalidInput
-            When the text is not ``RACKSxSERVERSxGPUS``, a count is below 1, or a count does not divide.
+            When the text is not ``RACKSxSERVERSxGPUS``, a count is below 1, does not divide, or is not that of the
+            memories listed.
         """
-        where = f"--shape {shorten(shape)}"
         text = shape if isinstance(shape, str) else "x".join(map(str, shape))
+        where = f"--shape {shorten(text)}"
         match = re.fullmatch(
             r"0*([1-9][0-9]{0,8})[xX]0*([1-9][0-9]{0,8})[xX]0*([1-9][0-9]{0,8})", text.strip()
         )
@@ -276,7 +297,10 @@ class Topology:
                     f'"{outer[-1].name}" in {self.name}'
                 )
             levels += [first.with_fanout(count), *outer]
-        return replace(self, levels=tuple(levels))
+        try:
+            return replace(self, levels=tuple(levels))
+        except InvalidInput as error:
+            raise InvalidInput(f"{where}: {error}") from None
 
     @classmethod
     def load(cls, source: str | os.PathLike[str]) -> Self:
@@ -301,7 +325,10 @@ class Topology:
         except (ValueError, RecursionError) as error:
             raise InvalidInput(f"{path}: expected a TOML file: {error}") from None
         try:
-            return cls(**_read(Topology, {"name": path.stem} | table))
+            read = _read(Topology, {"name": path.stem} | table)
+            if isinstance(read["gpu_memory"], tuple):
+                read |= {"gpu_memory": min(read["gpu_memory"]), "gpu_memories": read["gpu_memory"]}
+            return cls(**read)
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {error}") from None
 
@@ -325,6 +352,7 @@ def _shipped() -> dict[str, Path]:
 
 
 OPTIONAL = ("oversubscription", "routing", "rails", "dims")
+DERIVED = ("gpu_memories",)  # fields that are no keys
 _KINDS = {
     "bandwidth": "bandwidth",
     "efficiency": "number",
@@ -341,7 +369,7 @@ def _read(kind: type, table: object, where: str = "") -> dict[str, Any]:
     """The arguments of a Level or Topology from one table of the file, whose keys are the field names."""
     if not isinstance(table, dict):
         raise InvalidInput(f"{where}found {shorten(table)}, expected a table")
-    keys = [field.name for field in fields(kind)]
+    keys = [field.name for field in fields(kind) if field.name not in DERIVED]
     for key in table:
         if key not in keys:
             raise InvalidInput(f"{where}unknown key {shorten(key)}, {nearest(key, keys)}")
@@ -362,4 +390,8 @@ def _value(key: str, value: Any, where: str) -> Any:
         if not (isinstance(value, list) and value and all(type(side) is int for side in value)):
             raise InvalidInput(f"{where} is {shorten(value)}, expected a list of integers, as in [4, 4, 4]")
         return tuple(value)
+    if key == "gpu_memory" and isinstance(value, list):
+        if not value:
+            raise InvalidInput(f"{where} is [], expected a size such as 80 GB, or a list of them")
+        return tuple(parse_quantity(size, "bytes", where) for size in value)
     return parse_quantity(value, _KINDS[key], where) if key in _KINDS else value

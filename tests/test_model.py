@@ -73,9 +73,29 @@ def test_only_the_deepseek_models_limit_the_groups() -> None:
 def test_bytes_of_deepseek_v3_by_dtype() -> None:
     model = Model.named("deepseek-v3")
     assert model.expert_bytes() == model.expert_bytes("fp8") == 3 * 7168 * 2048
-    assert model.expert_bytes("fp4") == 3 * 7168 * 2048 / 2
+    assert model.expert_bytes("fp4") == 3 * 7168 * 2048 * 4.25 / 8  # MXFP4 with its scales
+    assert model.shared_bytes() == 3 * 7168 * 2048
     assert model.dispatch_bytes == model.combine_bytes == 14336
     assert model.flops_per_token_expert == 6 * 7168 * 2048
+
+
+# Sizes of the published MXFP4 checkpoints, GiB (arXiv:2508.10925, table 1); all but the experts is BF16.
+@pytest.mark.parametrize(("name", "published"), [("gpt-oss-120b", 60.8), ("gpt-oss-20b", 12.8)])
+def test_mxfp4_experts_make_up_the_size_of_the_published_checkpoint(name: str, published: float) -> None:
+    model = Model.named(name)
+    assert model.num_experts is not None
+    assert model.num_moe_layers is not None
+    assert model.total_parameters is not None
+    assert model.routed_parameters is not None
+    experts = (model.expert_bytes() or 0.0) * model.num_experts * model.num_moe_layers
+    others = 2.0 * (model.total_parameters - model.routed_parameters)
+    assert (experts + others) / 2**30 == pytest.approx(published, rel=0.01)
+
+
+def test_a_model_without_shared_experts_has_no_bytes_of_them() -> None:
+    assert Model.named("olmoe-1b-7b").shared_bytes("fp8") == 0.0
+    assert Model(name="m", hidden_size=8, expert_width=8).shared_bytes() == 0.0
+    assert Model.named("deepseek-v2").shared_bytes("fp8") == 2 * 3 * 5120 * 1536
 
 
 def test_fp8_dispatch_carries_a_scale_for_128_channels() -> None:
@@ -117,6 +137,7 @@ def test_the_assumed_model_has_bf16_vectors_of_4096_and_no_expert_size() -> None
     assert ASSUMED.dispatch_bytes == ASSUMED.combine_bytes == 8192
     assert ASSUMED.expert_bytes() is None
     assert ASSUMED.expert_bytes("fp8") is None
+    assert ASSUMED.shared_bytes() is None
     assert ASSUMED.routed_parameters is None
     assert ASSUMED.flops_per_token_expert is None
 

@@ -227,6 +227,58 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, old: str, new: str,
     refused(lambda: Topology.load(path), str(path), *words)
 
 
+LISTED = {
+    "a server": "gpu_memory = [" + '"141 GB", ' * 6 + '"80 GB", 80e9]',
+    "the machine": "gpu_memory = [" + '"141 GB", ' * 56 + '"80 GB", ' * 8 + "]",
+}
+
+
+@pytest.mark.parametrize("of", LISTED)
+def test_gpus_of_several_sizes_are_listed_for_a_server_or_for_the_machine(tmp_path: Path, of: str) -> None:
+    path = tmp_path / "mixed.toml"
+    path.write_text(FILE.read_text().replace('gpu_memory = "80 GB"', LISTED[of], 1))
+    mixed = Topology.load(path)
+    assert mixed.gpu_memory == 80e9
+    assert len(mixed.gpu_memories) == {"a server": 8, "the machine": 64}[of]
+    assert set(mixed.gpu_memories) == {141e9, 80e9}
+    assert mixed.gpu_memories[-1] == 80e9
+    assert H100.gpu_memories == ()
+
+
+def test_a_shape_keeps_the_gpus_whose_memory_is_listed() -> None:
+    server = replace(H100, gpu_memory=40e9, gpu_memories=(80e9,) * 7 + (40e9,))
+    assert server.with_shape("3x5x8").gpu_memories == server.gpu_memories
+    refused(lambda: server.with_shape("1x8x4"), "--shape '1x8x4'", "lists 8 sizes, expected 4, one for each")
+    machine = replace(H100, gpu_memory=40e9, gpu_memories=(80e9,) * 63 + (40e9,))
+    assert machine.with_shape("2x4x8").gpu_memories == machine.gpu_memories
+    refused(
+        lambda: machine.with_shape("1x4x8"), "--shape '1x4x8'", "lists 64 sizes", "or 32, one for each GPU"
+    )
+
+
+@pytest.mark.parametrize(
+    ("listed", "words"),
+    [
+        ("[]", ["gpu_memory is []", "80 GB"]),
+        ('["80 GB"]', ["gpu_memory lists 1 sizes", "8, one for each GPU of a server", "64"]),
+        ('["80 GB", "lots"]', ["gpu_memory 'lots'", "80 GB"]),
+        ('["80 GB", []]', ["gpu_memory []"]),
+        ("[" + "0, " * 8 + "]", ["gpu_memory is 0.0", "more than 0"]),
+        ('"80 GB"\ngpu_memories = [80e9]', ["unknown key 'gpu_memories'", "gpu_memory"]),
+    ],
+)
+def test_a_wrong_list_of_memories_is_refused_in_one_line(
+    tmp_path: Path, listed: str, words: list[str]
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(FILE.read_text().replace('gpu_memory = "80 GB"', f"gpu_memory = {listed}", 1))
+    refused(lambda: Topology.load(path), str(path), *words)
+
+
+def test_the_memory_of_a_gpu_is_the_least_of_those_listed() -> None:
+    refused(lambda: replace(H100, gpu_memories=(90e9,) * 8), "gpu_memory is 80000000000.0", "the least")
+
+
 @pytest.mark.parametrize("levels", ["levels = 3", "levels = []", "levels = [3]", 'levels = "gpu"'])
 def test_levels_must_be_tables(tmp_path: Path, levels: str) -> None:
     path = tmp_path / "wrong.toml"

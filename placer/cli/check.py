@@ -42,7 +42,7 @@ def command(
     topology: Topology | None,
     shape: tuple[int, int, int] | None,
     model: Model | None,
-    gpu_memory: float | None,
+    gpu_memory: float | tuple[float, ...] | None,
     reserve: float,
     expert_dtype: str | None,
     as_json: bool,
@@ -62,7 +62,7 @@ def command(
     options.made_for(placed, shape, placement)
     if topology is not None:
         topology.with_shape(placed.shape)
-        gpu_memory = topology.gpu_memory if gpu_memory is None else gpu_memory
+        gpu_memory = (topology.gpu_memories or topology.gpu_memory) if gpu_memory is None else gpu_memory
     routed = None if trace is None else Trace.load(trace)
     if routed is not None:
         check_match(placed, routed)
@@ -97,14 +97,15 @@ def command(
         )
 
 
-def _memory(capacity: float | None, held: float | None) -> str:
+def _memory(capacity: float | tuple[float, ...] | None, held: float | None) -> str:
     from placer.report import format_bytes
 
     if capacity is None:
         return "not checked: no machine (-t) or --gpu-memory given"
     if held is None:
         return "not checked: size of an expert unknown (--model sets it)"
-    return f"{format_bytes(held)} of experts on the fullest GPU, of {format_bytes(capacity)}"
+    least = min(capacity) if isinstance(capacity, tuple) else capacity
+    return f"{format_bytes(held)} of experts on the fullest GPU, of {format_bytes(least)}"
 
 
 def _text(name: str, placed: Placement, trace: str | None, memory: str) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Example:
   placer compare traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --method eplb --method tabu --max-load 1.05,1.2
+  placer compare traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --method auto --max-load 1.05,none --redundant 0,8,16
 """
 
 
@@ -69,7 +70,15 @@ Example:
     help="Load caps to run; none is one too.",
 )
 @options.load_margin
-@options.slots
+@click.option(
+    "--redundant",
+    "redundants",
+    type=options.Numbers(options.Count("numbers of spare slots, 0 or more, such as 0,8,16")),
+    show_default="0",
+    metavar="N,N,..",
+    help="Spare slots a layer, over all GPUs; each number runs with every cap.",
+)
+@options.slots_per_gpu
 @options.replica_choice("nearest")
 @options.alltoall
 @options.memory
@@ -94,7 +103,11 @@ def command(
     quiet: bool,
     **choices: Any,
 ) -> None:
-    """Fit methods on one part of TRACE and judge them on it and on the part they have not seen."""
+    """Fit methods on one part of TRACE and judge them on it and on the part they have not seen.
+
+    Several values of --max-load and --redundant show the front: what a looser cap or a spare slot buys in traffic, and
+    what it costs in load and memory.
+    """
     from placer.cli.log import compilation_told
     from placer.comparison import compare, deciding_level
     from placer.trace import Trace
@@ -109,9 +122,10 @@ def command(
         if not quiet:
             click.echo(text, err=True)
 
-    def starts(method: str, max_load: float | None, seed: int) -> None:
+    def starts(method: str, max_load: float | None, seed: int, redundant: int) -> None:
         cap = "" if max_load is None else f", max load {max_load:g}"
-        say(f"{method}{cap}, seed {seed}: running")
+        spare = f", redundant {redundant}" if redundant else ""
+        say(f"{method}{cap}{spare}, seed {seed}: running")
 
     def ends(row: Row) -> None:
         say(f"  held-out remote.{level} {row.held_out.remote[level]:.3f} after {row.seconds:.1f} s")

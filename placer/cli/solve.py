@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Example:
   placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --max-load 1.05 -o placement.json
+  placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --redundant auto --gpu-memory 40GB -o placement.json
 """
 
 
@@ -46,7 +48,15 @@ Example:
     "takes the least modelled step time.",
 )
 @options.load_margin
-@options.slots
+@click.option(
+    "--redundant",
+    type=options.Count("a number of 0 or more, or auto", words=("auto",)),
+    metavar="N|auto",
+    show_default="0",
+    help="Spare slots a layer, over all GPUs, for copies; auto tries 0, 1, 2 and 4 more a GPU within memory, which "
+    "share the time, and takes the fewest within 1 % of the least modelled step time.",
+)
+@options.slots_per_gpu
 @options.replica_choice("nearest")
 @options.memory
 @options.search
@@ -100,6 +110,7 @@ def command(
     from placer.evaluation import evaluate
     from placer.placement import Placement
     from placer.problem import Problem
+    from placer.redundancy import candidates, fewest, redundancy
     from placer.solution import baseline_placement, solve
     from placer.solvers import method as load_method
     from placer.spectrum import CAPS, chosen, spectrum
@@ -113,9 +124,14 @@ def command(
     routed = Trace.load(trace)
     start = None if initial is None else Placement.load(initial)
     machine = topology if shape is None else topology.with_shape(shape)
-    spread = limits["max_load"] == "auto"
+    spread, sparing = limits["max_load"] == "auto", limits["redundant"] == "auto"
     if spread:
         limits["max_load"] = None
+    if sparing:
+        fixed = {"--max-load auto": spread, "--initial": initial, "--slots-per-gpu": limits["slots_per_gpu"]}
+        for name in (name for name, given in fixed.items() if given):
+            raise click.UsageError(f"--redundant auto and {name} exclude each other")
+        limits |= {"redundant": None, "slots_per_gpu": -(-routed.num_experts // machine.num_ranks)}
     log = SearchLog(quiet=quiet, file=log_file)
     problem = Problem.from_trace(routed, machine, model=model, **limits)
     ctx.with_resource(compilation_told(log.say))  # the problem is sound: from here on it may take a while
@@ -125,22 +141,27 @@ def command(
         "reserve": problem.reserve,
         "expert_dtype": problem.expert_dtype,
     }
+    sizes = candidates(problem, method) if sparing else [problem.slots_per_rank]
     log.say(
         f"placer {placer.__version__}  {routed.name}, {problem.num_layers} layers x {problem.num_experts} experts, "
-        f"{problem.num_ranks} ranks x {problem.slots_per_rank} slots, method {method}, seed {seed}"
+        f"{problem.num_ranks} ranks x {', '.join(map(str, sizes))} slots, method {method}, seed {seed}"
     )
 
     def search(stop: threading.Event) -> Result:
         budget = options.budget(time_limit, rounds, gap)
         how: dict[str, Any] = {
             "seed": seed,
-            "initial": start,
             "jobs": options.workers(jobs),
-            "prove": prove and not spread,
+            "prove": prove and not (spread or sparing),
             "on_event": log.add,
             "stop": stop,
         }
-        with log.running(problem.num_layers * (len(CAPS) if spread else 1)):
+        with log.running(problem.num_layers * (len(CAPS) if spread else len(sizes))):
+            if sparing:
+                return fewest(
+                    redundancy(problem, routed, method, budget=budget, evaluation=pricing, **how), problem
+                )
+            how["initial"] = start
             if not spread:
                 return solve(problem, method, budget=budget, **how)
             points = spectrum(problem, routed, method, budget=budget, evaluation=pricing, **how)
@@ -150,7 +171,7 @@ def command(
     result, interrupted = interruptible(search)
     if output is not None:
         result.placement.save(output)
-    linear = baseline_placement(problem)
+    linear = baseline_placement(replace(problem, slots_per_rank=result.placement.slots_per_rank))
     report = evaluate(result.placement, routed, machine, **pricing)
     baseline = evaluate(linear, routed, machine, **pricing)
     keeps_caps = "caps" in load_method(method).handles
