@@ -210,17 +210,18 @@ class Layer:
 
     # -- judging an arrangement --------------------------------------------------------------------------
 
-    def score(self, slots: Occupant) -> tuple[float, float]:
+    def score(self, slots: Occupant, table: Occupant | None = None) -> tuple[float, float]:
         """(load above the caps in tokens, seconds of all tokens) of a slot array, copies included: least is best.
 
-        With counts only, copies share an expert's load evenly and the seconds are 0.
+        `table` is that of the dispatch rule "table". With counts only, copies share an expert's load evenly and the
+        seconds are 0.
         """
-        return self.judge(slots)[:2]
+        return self.judge(slots, table)[:2]
 
-    def judge(self, slots: Occupant) -> tuple[float, float, float]:
+    def judge(self, slots: Occupant, table: Occupant | None = None) -> tuple[float, float, float]:
         """`score`, and load over mean of the busiest unit at the worst level that placement can change, or 1."""
         if self.topk is not None:
-            counts = self.counts(slots)
+            counts = self.counts(slots, table)
             loads = [
                 row[: self.num_slots // width]
                 for row, width in zip(counts.load, self.unit_slots, strict=True)
@@ -238,7 +239,7 @@ class Layer:
         heat = max((float(load.max() / load.mean()) for load in swappable), default=1.0)
         return round(over, 6), seconds, heat
 
-    def counts(self, slots: Occupant) -> Incidence:
+    def counts(self, slots: Occupant, table: Occupant | None = None) -> Incidence:
         """Tokens against units for a slot array, copies included."""
         aimed = targets(
             slots,
@@ -247,6 +248,7 @@ class Layer:
             unit_ranks=self.unit_ranks,
             server_ranks=self.server_ranks,
             rule=self.rule,
+            table=table,
         )
         server = self.unit_ranks.index(self.server_ranks)
         return incidence(

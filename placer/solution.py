@@ -22,6 +22,7 @@ from placer.placement import Placement
 from placer.problem import Problem
 from placer.result import Budget, Event, Result
 from placer.solvers import Method, Placed, linear, method
+from placer.tables import judged
 
 Slots = npt.NDArray[np.int32]
 
@@ -191,7 +192,7 @@ class _Done:
 def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None) -> _Done:
     rng = np.random.default_rng([seed, layer.index])
     placed = method(name).place(layer, rng=rng, clock=clock, initial=initial)
-    excess, cost, heat = layer.judge(placed.slots)
+    (excess, cost, heat), table = judged(layer, placed.slots, placed.table)
     if placed.claim is not None and not math.isclose(placed.claim, cost, rel_tol=1e-9, abs_tol=1e-18):
         raise PlacerError(
             f"layer {layer.index}: method {name} claims a cost of {placed.claim!r}, scored {cost!r}"
@@ -200,13 +201,14 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
         raise PlacerError(
             f"layer {layer.index}: method {name} proves {placed.bound!r}, above the cost {cost!r}"
         )
-    if initial is not None and layer.score(initial) < (excess, cost):
-        placed = replace(placed, slots=initial)
-        excess, cost, heat = layer.judge(initial)
+    if initial is not None:
+        (less, cheaper, cooler), its = judged(layer, initial)
+        if (less, cheaper) < (excess, cost):
+            placed, table, cost, heat = replace(placed, slots=initial), its, cheaper, cooler
     return _Done(
         index=layer.index,
-        placed=placed,
-        linear_cost=layer.score(linear.place(layer, rng=rng, clock=clock).slots)[1],
+        placed=replace(placed, table=table),
+        linear_cost=judged(layer, linear.place(layer, rng=rng, clock=clock).slots)[0][1],
         cost=cost,
         heat=heat,
         raised=caps.raised(layer),
@@ -346,6 +348,7 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         shape=problem.topology.shape,
         layer_ids=problem.layer_ids,
         rule=problem.replica_choice,
+        table=_table(problem, done),
         provenance=_provenance(problem, name, seed),
     )
     worst_gpu_bytes(
@@ -378,6 +381,15 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         caps_raised=[{**row, "level": names[int(row["level"])]} for part in done for row in part.raised],
         notes=tuple(_notes(done)),
     )
+
+
+def _table(problem: Problem, done: list[_Done]) -> npt.NDArray[np.int32] | None:
+    """The dispatch table of all layers; None where none has one."""
+    if all(part.placed.table is None for part in done):
+        return None
+    servers = problem.num_ranks // problem.topology.unit_sizes[problem.topology.index("server")]
+    free = np.full((servers, problem.num_experts), -1, np.int32)
+    return np.stack([free if part.placed.table is None else part.placed.table for part in done])
 
 
 def _proved(part: _Done) -> bool:

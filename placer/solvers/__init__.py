@@ -51,6 +51,8 @@ class Placed:
         Rounds of search that were run.
     notes : tuple of str
         What the method decided by itself, in words.
+    table : (num_servers, num_experts) int32 or None
+        Slots for the dispatch rule "table"; without it, `placer.solve` fits one to the slots.
     """
 
     slots: npt.NDArray[np.int32]
@@ -59,6 +61,7 @@ class Placed:
     claim: float | None = None
     rounds: int = 0
     notes: tuple[str, ...] = ()
+    table: npt.NDArray[np.int32] | None = None
 
 
 class Method(Protocol):

@@ -2,8 +2,8 @@
 
 Idea: contiguous experts stay where no search beats them on unseen tokens; else `cpsat` on layers small enough for its
 proof, and `tabu` on all others, where recombining what it met has gained nothing on any recorded trace
-(``python -m benchmarks.ablation``). Spare slots bring in `eplb`, whose copies are kept
-where they cost less within the caps. With counts only, `eplb` balances load.
+(``python -m benchmarks.ablation``). Spare slots bring in copies: those of `placer.copies`, which are chosen for traffic
+within the load caps, or `eplb`'s where these cost less. With counts only, `eplb` balances load.
 
 Wins wherever one does not want to choose. Complexity: that of the methods it runs.
 References: see the methods.
@@ -16,12 +16,16 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from placer import copies
 from placer.clock import Clock
 from placer.layer import Layer
 from placer.solvers import Placed, cpsat, eplb, tabu
+from placer.tables import judged
 
 needs = frozenset({"load"})
 handles = frozenset({"caps", "copies", "levels"})
+
+START = 4  # rounds of search for where copies begin
 
 
 def place(
@@ -30,10 +34,16 @@ def place(
     """Run what suits the layer and return the best."""
     if layer.topk is None:
         return eplb.place(layer, rng=rng, clock=clock, initial=initial)
+    copied = layer.num_slots > layer.num_experts and copies.suits(layer)
     place_single = cpsat.place if cpsat.provable(layer) else tabu.place
-    placed = place_single(layer, rng=rng, clock=clock, initial=initial)
-    if layer.num_slots > layer.num_experts and not clock.expired:
-        copied = eplb.place(layer, rng=rng, clock=clock, initial=initial)
-        if layer.score(copied.slots) < layer.score(placed.slots):
-            return replace(copied, rounds=placed.rounds)
-    return placed
+    few = replace(clock, rounds=START) if copied and clock.rounds is None else clock
+    placed = place_single(layer, rng=rng, clock=few, initial=initial)
+    if layer.num_slots == layer.num_experts or clock.expired:
+        return placed
+    options = [placed, eplb.place(layer, rng=rng, clock=clock, initial=initial)]
+    runs = 0
+    if copied:
+        slots, runs = copies.with_copies(layer, placed.slots, rng=rng, clock=clock)
+        options.append(Placed(slots=slots))
+    best = min(options, key=lambda option: judged(layer, option.slots)[0][:2])
+    return replace(best, rounds=placed.rounds + runs)
