@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+SECONDS = 10.0  # for HiGHS to choose among the contents of one certificate
+
 
 @njit(cache=True, nogil=True)
 def _visit(order, size, sets, count, start, uses, pairs, price, load, low, high, limit, rows):  # type: ignore[no-untyped-def]
@@ -105,8 +107,8 @@ def confirmed(
     cap: float,
     bound: int,
     certificate: Any,
-) -> bool:
-    """Whether a certificate proves its bound.
+) -> bool | None:
+    """Whether a certificate proves its bound; None where HiGHS is not through with its contents in `SECONDS`.
 
     With prices p, no content cheaper than p + floor and none but the listed cheaper than p + reach, a partition costs
     at least ``sum(p) + units * floor``; if not all its contents are listed, ``sum(p) + (units - 1) * floor + reach``.
@@ -146,18 +148,20 @@ def confirmed(
         return math.ceil(total + units * floor - 1e-6) >= bound
     if set(contents) - {tuple(sorted(row)) for row in np.asarray(certificate["contents"]).tolist()}:
         return False
-    return (
-        math.ceil(total + (units - 1) * floor + limit - 1e-6) >= bound
-        and _cheapest(contents, used, count) >= bound
-    )
+    if math.ceil(total + (units - 1) * floor + limit - 1e-6) < bound:
+        return False
+    least, through = _cheapest(contents, used, count)
+    if least >= bound:
+        return True
+    return False if through else None
 
 
-def _cheapest(contents: list[tuple[int, ...]], used: Any, count: Any) -> float:
-    """What HiGHS says the cheapest partition into these contents costs."""
+def _cheapest(contents: list[tuple[int, ...]], used: Any, count: Any) -> tuple[float, bool]:
+    """What HiGHS says the cheapest partition into these contents costs at least, and whether it is through."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     if not contents:
-        return math.inf
+        return math.inf, True
     rows = np.array(contents)
     cost = np.array([(used[row].max(axis=0) * count).sum() for row in rows])
     holds = np.zeros((len(used), len(rows)))
@@ -167,8 +171,10 @@ def _cheapest(contents: list[tuple[int, ...]], used: Any, count: Any) -> float:
         integrality=np.ones(len(rows)),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(holds, 1, 1),
-        options={"mip_rel_gap": 0.0},
+        options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
     )
     if solved.status == 2:
-        return math.inf
-    return float(np.ceil(solved.mip_dual_bound - 1e-3))
+        return math.inf, True
+    if solved.mip_dual_bound is None:
+        return -math.inf, False
+    return float(np.ceil(solved.mip_dual_bound - 1e-3)), solved.status == 0

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from placer.model import Model as Model
     from placer.placement import Placement as Placement
     from placer.problem import Problem as Problem
-    from placer.report import Report as Report
     from placer.rebalance import rebalance_experts as rebalance_experts
+    from placer.report import Report as Report
     from placer.result import Budget as Budget
     from placer.result import Result as Result
     from placer.solution import solve as solve

@@ -28,10 +28,12 @@ MOVES = 50  # proposals of a chunk in the first run, for each slot
 RUNS, LONGER = 3, 8  # runs at most, unless rounds are asked for, and how much longer each is than the last
 FITTING = 0.8  # of the time left may be taken by a run, by what the last one took
 HOT, COLD = 2e-2, 3e-4  # temperatures: touched units, as a share of the tokens
+CHOICE = 4  # moves drawn at a time, of which the best by pairs is tried
 PENALTY, STEEPER, FLATTER = 1.0, 1.5, 1.2  # touched units for a token above a cap, and how that is adapted
 STEEPEST, FLATTEST = 3.0, 0.3
 REPAIRS = 6  # chunks at the end, at most, that bring load below the cap
 WITHIN = 0.999  # of the cap, which the search aims at
+ABOVE = 1.01  # and no less than this times the mean, near which nothing can be moved
 
 
 def suits(layer: Layer) -> bool:
@@ -87,7 +89,9 @@ def _annealed(
     """What servers hold after one run; None where the clock ran out."""
     content, width = start.copy(), start.shape[1]
     level, limits = layer.unit_slots.index(width), caps_with_copies(layer)
-    aim, penalty, over = WITHIN * limits[level], PENALTY, 0.0
+    mean = float(layer.load.sum()) / len(content)
+    aim, least = WITHIN * limits[level], min(WITHIN * limits[level], mean * ABOVE)
+    penalty, over = PENALTY, 0.0
     for chunk in range(CHUNKS + REPAIRS):
         if clock.expired:
             return None
@@ -95,12 +99,12 @@ def _annealed(
             break
         seen = small if chunk < CHUNKS - FINAL else layer
         hot, cold = (HOT * (COLD / HOT) ** (min(x, CHUNKS) / CHUNKS) for x in (chunk, chunk + 1))
-        draws = rng.random((moves, 5))
+        draws = rng.random((moves, 2 + 2 * CHOICE))
         over = _anneal(layer, seen, content, (aim, limits[0]), penalty, (hot, cold), draws)
         if chunk >= CHUNKS - 1 and layer.rule == "cover":  # whose loads the search knows approximately
             busiest = float(layer.counts(_dealt(layer, content)).load[level].max())
             over = max(0.0, busiest - limits[level])
-            aim *= min(1.0, limits[level] / busiest)
+            aim = max(aim * min(1.0, limits[level] / busiest), least)
         penalty = min(penalty * STEEPER, STEEPEST) if over > 0 else max(penalty / FLATTER, FLATTEST)
     return content
 
@@ -127,6 +131,7 @@ def _anneal(
         content,
         *seen.distinct,
         *seen.uses,
+        layer.pairs[: layer.num_experts, : layer.num_experts].astype(np.float64),
         layer.load * share,
         caps_of[0] * share,
         caps_of[1] * share,

@@ -134,11 +134,15 @@ def incidence(
     server : int
         Position of the level ``server``.
     """
-    from placer.search.counting import count_touched
+    from placer.search.counting import count_touched, expect_counts
 
     size = np.array(unit_ranks, np.int64)
     if aimed.rank_of is None:
         touched, remote, load = (np.zeros((len(size), num_ranks)) for _ in range(3))
+        if not aimed.cover:
+            alike = _alike(aimed)
+            expect_counts(topk, aimed.candidates, aimed.number, alike, size, touched, remote, load)
+            return Incidence(touched=touched, remote=remote, load=load)
         pairs = np.zeros((3, num_ranks, unit_ranks[server]))
         ports = np.zeros((3, len(size), num_ranks))
         everywhere = np.zeros(0, np.int32)
@@ -153,6 +157,16 @@ def incidence(
         remote=counts * (1.0 - size[:, None] / num_ranks),
         load=loads(used, units, num_ranks),
     )
+
+
+def _alike(aimed: Targets) -> npt.NDArray[np.int32]:
+    """The first home with the same candidates, (homes, num_experts); -1 where all homes have the same."""
+    alike = np.zeros(aimed.number.shape, np.int32)
+    for expert in range(len(alike[0])):
+        own = np.column_stack([aimed.number[:, expert], aimed.candidates[:, expert]])
+        _, first, kind = np.unique(own, axis=0, return_index=True, return_inverse=True)
+        alike[:, expert] = first[kind.ravel()] if len(first) > 1 else -1
+    return alike
 
 
 def add_flows(

@@ -268,7 +268,9 @@ def undo(e, u, f, v, where, number):
 
 
 @kernel
-def anneal_copies(rule, content, tokens, count, first, uses, load, cap, most_each, penalty, hot, cold, draws):
+def anneal_copies(
+    rule, content, tokens, count, first, uses, pairs, load, cap, most_each, penalty, hot, cold, draws
+):
     """Annealing over what units hold: swaps of two slots, and other experts in the slots of copies or in empty ones.
 
     Parameters
@@ -281,14 +283,16 @@ def anneal_copies(rule, content, tokens, count, first, uses, load, cap, most_eac
         Distinct expert sets, -1 = none, and the tokens of each.
     first, uses : (E + 1,) and (first[E],) int
         The rows of `tokens` that use each expert.
+    pairs : (E, E) float64
+        Tokens that use both experts, zero diagonal: of a few moves drawn, the one with the best sum is tried.
     load : (E,) float64
         Tokens of each expert; copies share it evenly, or as `cover_load` says.
     cap, most_each : float
         Load of a unit, and of one copy, above which every token costs `penalty` units.
     hot, cold : float
         First and last temperature, in touched units.
-    draws : (steps, 5) float64
-        Uniform random numbers in [0, 1).
+    draws : (steps, 2 + 2 n) float64
+        Uniform random numbers in [0, 1), for n moves to choose from.
 
     Returns
     -------
@@ -310,22 +314,42 @@ def anneal_copies(rule, content, tokens, count, first, uses, load, cap, most_eac
     total = total_cost(rule, tokens, count, where, number, units, cost)
     over = excess(unit_load, cap)
     seen = np.full(tokens.shape[0], -1, np.int64)
+    bonds = np.zeros((units, experts))  # tokens of an expert that it shares with a unit's, pair by pair
+    for u in range(units):
+        for i in range(slots):
+            if content[u, i] >= 0:
+                bonds[u] += pairs[content[u, i]]
     steps = draws.shape[0]
     for step in range(steps):
-        u, i = int(draws[step, 0] * units), int(draws[step, 1] * slots)
-        e = content[u, i]
-        v, j = -1, -1
-        bit = np.uint64(1) << np.uint64(u)
-        if draws[step, 2] < 0.5 or (e >= 0 and number[e] == 1):
-            place = draws[step, 3] * units
-            v, j = int(place), int((place - int(place)) * slots)
-            f = content[v, j]
-            if v == u or e == f or (e >= 0 and where[e] >> np.uint64(v) & np.uint64(1)):
+        u, i, v, j, f, best = -1, -1, -1, -1, -1, -np.inf
+        for x in range(2, draws.shape[1], 2):
+            p = int(draws[step, x] * units * slots)
+            a, b, c, d = p // slots, p % slots, -1, -1
+            e = content[a, b]
+            if draws[step, 0] < 0.5:
+                p = int(draws[step, x + 1] * units * slots)
+                c, d = p // slots, p % slots
+                g = content[c, d]
+                if c == a or e == g or (e >= 0 and where[e] >> np.uint64(c) & np.uint64(1)):
+                    continue
+            elif e < 0 or number[e] > 1:
+                g = int(draws[step, x + 1] * experts)
+            else:
                 continue
-        else:
-            f = int(draws[step, 3] * experts)
-        if f >= 0 and where[f] & bit:
+            if g >= 0 and where[g] >> np.uint64(a) & np.uint64(1):
+                continue
+            gain = 0.0
+            if e >= 0:
+                gain -= bonds[a, e] - (bonds[c, e] if c >= 0 else 0.0)
+            if g >= 0:
+                gain += bonds[a, g] - (bonds[c, g] if c >= 0 else 0.0)
+            if e >= 0 and g >= 0:
+                gain -= pairs[e, g] * (2.0 if c >= 0 else 1.0)
+            if gain > best:
+                u, i, v, j, f, best = a, b, c, d, g, gain
+        if u < 0:
             continue
+        e = content[u, i]
         heat = 0.0
         trial[:] = unit_load
         for g in (e, f):
@@ -338,7 +362,7 @@ def anneal_copies(rule, content, tokens, count, first, uses, load, cap, most_eac
                 heat += max(0.0, load[g] - number[g] * most_each)
             spread_load(g, 1.0, load, where, number, trial)
         now = excess(trial, cap)
-        heated = -np.log(1.0 - draws[step, 4]) * hot * (cold / hot) ** (step / steps)
+        heated = -np.log(1.0 - draws[step, 1]) * hot * (cold / hot) ** (step / steps)
         if rule == 2 and over > 0.0:  # copies share evenly by and large only: what helps must not be missed
             now = 0.0
         room = (heated - penalty * (now - over + heat)) * units  # a change above it is refused
@@ -391,6 +415,15 @@ def anneal_copies(rule, content, tokens, count, first, uses, load, cap, most_eac
             content[u, i] = f
             if v >= 0:
                 content[v, j] = e
+            for g in range(experts):
+                if e >= 0:
+                    bonds[u, g] -= pairs[e, g]
+                    if v >= 0:
+                        bonds[v, g] += pairs[e, g]
+                if f >= 0:
+                    bonds[u, g] += pairs[f, g]
+                    if v >= 0:
+                        bonds[v, g] -= pairs[f, g]
             for g in (e, f):
                 if g >= 0:
                     for at in range(first[g], first[g + 1]):

@@ -192,6 +192,83 @@ def expect_flows(
 
 
 @kernel
+def expect_counts(tokens, candidates, num_candidates, alike, size, touched, remote, load):
+    """The `touched`, `remote` and `load` of `expect_flows`, homes uniform, without flows and covers.
+
+    Homes for which a token's experts have the same candidates are counted together: `alike` (homes, E) is the first
+    home at which an expert has the same candidates.
+    """
+    levels, ranks = touched.shape
+    width = tokens.shape[1]
+    varied = np.empty(width, np.int64)
+    first, homes = np.empty(ranks, np.int64), np.empty(ranks, np.int64)
+    inside = np.zeros((ranks, levels, ranks), np.int64)
+    miss, now = np.ones(ranks, np.float64), np.zeros(ranks, np.float64)
+    seen = np.empty(ranks, np.int64)
+    everywhere = np.zeros((levels, ranks), np.int64)
+    for level in range(levels):
+        for home in range(ranks):
+            everywhere[level, home // size[level]] += 1
+    for t in range(tokens.shape[0]):
+        many = 0
+        for j in range(width):
+            e = tokens[t, j]
+            if e >= 0 and alike[ranks - 1, e] >= 0:
+                varied[many] = e
+                many += 1
+        kinds = 0
+        if many == 0:
+            first[0], homes[0], kinds = 0, ranks, 1
+        else:
+            for home in range(ranks):
+                kind = 0
+                while kind < kinds:
+                    same = True
+                    for x in range(many):
+                        same &= alike[home, varied[x]] == alike[first[kind], varied[x]]
+                    if same:
+                        break
+                    kind += 1
+                if kind == kinds:
+                    first[kind], homes[kind] = home, 0
+                    kinds += 1
+                homes[kind] += 1
+                for level in range(levels):
+                    inside[kind, level, home // size[level]] += 1
+        for kind in range(kinds):
+            home, share = first[kind], homes[kind] / ranks
+            for level in range(levels):
+                n = 0
+                for j in range(width):
+                    e = tokens[t, j]
+                    if e < 0:
+                        continue
+                    count = num_candidates[home, e]
+                    for c in range(count):
+                        u = candidates[home, e, c] // size[level]
+                        now[u] += 1.0 / count
+                        load[level, u] += share / count
+                    for c in range(count):
+                        u = candidates[home, e, c] // size[level]
+                        if now[u] > 0.0:
+                            if miss[u] == 1.0:
+                                seen[n] = u
+                                n += 1
+                            miss[u] *= max(0.0, 1.0 - now[u])
+                            now[u] = 0.0
+                for x in range(n):
+                    u = seen[x]
+                    own = everywhere[level, u] if many == 0 else inside[kind, level, u]
+                    touched[level, u] += (1.0 - miss[u]) * share
+                    remote[level, u] += (1.0 - miss[u]) * (homes[kind] - own) / ranks
+                    miss[u] = 1.0
+        if many > 0:
+            for kind in range(kinds):
+                for level in range(levels):
+                    inside[kind, level, :] = 0
+
+
+@kernel
 def plan_cover(
     token, afar, copies, num_copies, size, width, now, miss, hit, seen, chosen, length, where, chances
 ):
