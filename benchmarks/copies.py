@@ -23,8 +23,8 @@ PAGE = """\
 # Copies
 
 `python -m benchmarks.copies --traces DIR`: {jobs} threads, seed 0, load margin 0. Cells: fitted / held out
-by sequence; `remote.server` is other servers a token, load is that of the busiest unit over the mean (mean over layers),
-copies as the rule shares them out.
+by sequence; `remote.server` is other servers a token, load is that of the busiest unit over the mean
+(mean over layers), copies as the rule shares them out.
 
 | case | fitted + held out tokens x layers | rule | method | cap | seconds | remote.server | server load | GPU load |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

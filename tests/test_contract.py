@@ -60,6 +60,25 @@ def test_every_method_places_every_expert(name: str, shape: str, options: dict[s
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("shape", "slots", "rule"),
+    [("1x4x2", 3, "nearest"), ("1x3x1", 7, "cover"), ("2x2x1", 6, "table"), ("1x4x1", 20, "cover")],
+)
+def test_methods_make_copies_or_leave_spare_slots_empty(name: str, shape: str, slots: int, rule: str) -> None:
+    posed = problem(noisy_trace(tokens=300), shape, slots_per_gpu=slots, max_load=1.2, replica_choice=rule)
+    placement = solve(posed, name, budget=Budget(seconds=None, rounds=1)).placement
+    for row in placement.physical_to_logical:
+        held = row[row >= 0]
+        assert set(held.tolist()) == set(range(16))
+        assert (len(held) > 16) == ("copies" in method(name).handles)
+        for rank in row.reshape(-1, slots).tolist():
+            experts = [e for e in rank if e >= 0]
+            assert len(set(experts)) == len(experts)
+            assert rank == [*experts, *[-1] * (slots - len(experts))]
+    assert (placement.table is None) == (rule != "table" or "copies" not in method(name).handles)
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_the_same_seed_gives_the_same_placement_for_any_number_of_jobs(name: str) -> None:
     posed = problem(noisy_trace(layers=3), "2x2x2", max_load=1.2, load_margin="auto")
     placements = [
