@@ -37,12 +37,16 @@ ABOVE = 1.01  # and no less than this times the mean, near which nothing can be 
 
 
 def suits(layer: Layer) -> bool:
-    """Whether there are slots to spare, tokens to see, and few enough servers for the compiled search."""
+    """Whether there are slots to spare, tokens to see, and few enough servers for the compiled search.
+
+    Under the rule ``table`` all tokens of one server take the same copy, so one server has no use for others.
+    """
     from placer.search.copies import RULES, UNITS
 
     units = layer.num_slots // _width(layer)
-    spare = layer.num_slots > layer.num_experts
-    return spare and layer.topk is not None and layer.rule in (*RULES, "table") and 1 < units <= UNITS
+    rules = {*RULES, "table"} if layer.num_ranks > layer.server_ranks else {*RULES}
+    useful = layer.num_slots > layer.num_experts and layer.topk is not None and bool(layer.load.any())
+    return useful and layer.rule in rules and 1 < units <= UNITS
 
 
 def with_copies(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock) -> tuple[Slots, int]:
@@ -58,6 +62,8 @@ def with_copies(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: 
     clock : Clock
         Asked between chunks; a run that is cut short does not count.
     """
+    if not layer.load.any():
+        return slots, 0
     small = layer.sample(SAMPLE)
     width = _width(layer)
     start = slots.reshape(-1, width).astype(np.int64)
@@ -69,8 +75,10 @@ def with_copies(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: 
         if content is None:
             break
         runs += 1
-        fits = FITTING * clock.remaining / max(1e-3, time.monotonic() - begun)
-        moves = min(int(moves * min(LONGER, fits)), MOVES * layer.num_slots * LONGER ** (RUNS - 1))
+        longer = float(LONGER)
+        if clock.rounds is None:  # else the same rounds are the same work
+            longer = min(longer, FITTING * clock.remaining / max(1e-3, time.monotonic() - begun))
+        moves = min(int(moves * longer), MOVES * layer.num_slots * LONGER ** (RUNS - 1))
         found = _on_gpus(layer, content, rng)
         if (value := judged(layer, found)[0][:2]) < key:
             best, key = found, value
@@ -168,7 +176,7 @@ def _dealt(layer: Layer, content: Ints) -> Slots:
     last = layer.num_experts
     ordered = np.sort(np.where(content < 0, last, content), axis=1)
     dealt = ordered.reshape(len(content), layer.slots_per_rank, ranks).transpose(0, 2, 1)
-    flat = np.sort(dealt.reshape(-1, layer.slots_per_rank), axis=1).ravel()
+    flat = dealt.ravel()
     return np.where(flat == last, -1, flat).astype(np.int32)
 
 
@@ -183,6 +191,8 @@ def _on_gpus(layer: Layer, content: Ints, rng: np.random.Generator) -> Slots:
 
 def _arranged(layer: Layer, row: Ints, content: Ints, ranks: int, rng: np.random.Generator) -> Slots:
     members = row[row >= 0]
+    if len(members) == 0:
+        return np.full(len(row), -1, np.int32)
     number = np.bincount(content[content >= 0], minlength=layer.num_experts)
     place = np.full(layer.num_experts + 1, -1, np.int32)  # the last one is for -1
     place[members] = np.arange(len(members))

@@ -60,22 +60,32 @@ def fitted_table(layer: Layer, slots: Slots) -> npt.NDArray[np.int32] | None:
         raise InvalidInput(f"replica choice 'table': found {units} units, expected at most {UNITS}")
     where = np.zeros(layer.num_experts, np.uint64)
     np.bitwise_or.at(where, slots[held], np.uint64(1) << (held // width).astype(np.uint64))
-    table = np.zeros((servers, layer.num_experts), np.int64)
-    table[:, slots[held[::-1]]] = held[::-1] // width  # the first copy
-    if servers > 1:
-        table[held // width, slots[held]] = held // width  # the own one
     seen = layer.sample(SAMPLE)
-    sets, count = seen.distinct
-    first, uses = seen.uses
     share = float(seen.load.sum()) / max(1.0, float(layer.load.sum()))
-    cap = float(layer.caps[layer.unit_slots.index(width)])
-    for penalty in PENALTIES:
-        arguments = (layer.load * share, cap * share, penalty, servers > 1, table, SWEEPS)
-        fit_table(sets, count, first, uses, where, *arguments)
-        heat = np.bincount(table.ravel(), weights=np.tile(layer.load / servers, servers), minlength=units)
-        if heat.max() <= cap:
-            break
-    return _slots(table, slots, width)
+    cap = float(layer.caps[layer.unit_slots.index(width)]) * share if layer.load.any() else np.inf
+    best, least = np.zeros((servers, layer.num_experts), np.int64), (np.inf, np.inf)
+    for order in (held[::-1], held):  # which copy comes first: where the descent ends depends on it
+        table = np.zeros_like(best)
+        table[:, slots[order]] = order // width
+        if servers > 1:
+            table[held // width, slots[held]] = held // width  # the own one
+        for penalty in PENALTIES:
+            cost, over = fit_table(
+                *seen.distinct,
+                *seen.uses,
+                where,
+                layer.load * share,
+                cap,
+                penalty,
+                servers > 1,
+                table,
+                SWEEPS,
+            )
+            if over == 0:
+                break
+        if (over, cost) < least:
+            best, least = table, (over, cost)
+    return _slots(best, slots, width)
 
 
 def judged(

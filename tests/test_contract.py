@@ -65,7 +65,7 @@ def test_every_method_places_every_expert(name: str, shape: str, options: dict[s
     [("1x4x2", 3, "nearest"), ("1x3x1", 7, "cover"), ("2x2x1", 6, "table"), ("1x4x1", 20, "cover")],
 )
 def test_methods_make_copies_or_leave_spare_slots_empty(name: str, shape: str, slots: int, rule: str) -> None:
-    posed = problem(noisy_trace(tokens=300), shape, slots_per_gpu=slots, max_load=1.2, replica_choice=rule)
+    posed = problem(noisy_trace(tokens=300), shape, slots_per_gpu=slots, replica_choice=rule)
     placement = solve(posed, name, budget=Budget(seconds=None, rounds=1)).placement
     for row in placement.physical_to_logical:
         held = row[row >= 0]

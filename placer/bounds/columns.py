@@ -38,6 +38,7 @@ POOL = 8_000  # contents of the first relaxation
 NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents with the same first item that are returned while prices are still wrong
 LISTED = 2_000_000  # contents listed at most
+LEAST_FURTHER = 1.2  # times as far above their prices contents are listed, at least
 RADIUS = 0.1  # of the mean price, by which prices may change in the first step
 # Of what a step promises, contents may be so much cheaper than their prices all together: in late and early steps.
 ACCEPTED, COARSE = 0.2, 0.5
@@ -200,11 +201,16 @@ class _Search:
         floor = min(0.0, float(self.certificate["floor"]))
         reach = (min(self.known, 1.01 * self.scale) - self.bound) / 8
         reach = max(reach, 1.0)
+        done, further = 0.0, 8.0
         while not self.closed and not self.clock.expired and reach < 64 * self.scale:
             reach = min(reach, self.known - prices.total(units) - (units - 1) * floor)
-            priced = self.tables.price(prices, reach, LISTED // 8, self.workers, self.clock)
+            priced = self.tables.price(prices, reach, LISTED // 8, self.workers, self.clock, whole=True)
             if not priced.complete:
-                return
+                further = math.sqrt(further)
+                if done == 0.0 or further < LEAST_FURTHER:
+                    return
+                reach = done * further
+                continue
             choice = master.cheapest(
                 priced.rows,
                 priced.above + prices.of(priced.rows),
@@ -224,7 +230,8 @@ class _Search:
             self._tell()
             if choice.bound < choice.cost:
                 return
-            reach *= 8
+            done = reach
+            reach *= further
 
     def _raise_bound(self, prices: Prices, floor: float) -> None:
         bound = prices.total(self.partition.units) + self.partition.units * floor
@@ -344,8 +351,20 @@ class Tables:
             return np.zeros(len(self.masks), bool)
         return np.asarray(self.uses[content].sum(axis=0) > 0)
 
-    def price(self, prices: Prices, limit: float, room: int, workers: int, clock: Clock) -> Priced:
-        """Contents that cost less than `limit` above their prices, up to `room` for each first item."""
+    def price(
+        self,
+        prices: Prices,
+        limit: float,
+        room: int,
+        workers: int,
+        clock: Clock,
+        *,
+        whole: bool = False,
+    ) -> Priced:
+        """Contents that cost less than `limit` above their prices, up to `room` for each first item.
+
+        A `whole` list is given up as soon as one item has more.
+        """
         from placer.search.pricing import price_contents
 
         partition = self.partition
@@ -377,6 +396,8 @@ class Tables:
             )
             kept = min(len(rows), int(found[0]))
             complete = not stop[0] and found[0] <= len(rows)
+            if whole and not complete:
+                stop[0] = 1
             return rows[:kept].copy(), above[:kept] - prices.unit, floor - prices.unit, complete
 
         firsts = range(items - max(least, 1) + 1)

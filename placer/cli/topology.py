@@ -90,7 +90,8 @@ def _detail(machine: Topology) -> str:
     header = ["level", "units", "fan-out", "link", "nominal", "effective", "latency"]
     size = (
         f"shape {format_shape(machine.shape)} (racks x servers x GPUs), {machine.num_ranks} GPUs of "
-        f"{format_bytes(machine.gpu_memory)}{' at least' if machine.gpu_memories else ''}, {machine.flops_bf16 / 1e12:.4g} TFLOP/s BF16"
+        f"{format_bytes(machine.gpu_memory)}{' at least' if machine.gpu_memories else ''}, "
+        f"{machine.flops_bf16 / 1e12:.4g} TFLOP/s BF16"
     )
     return "\n".join(
         [

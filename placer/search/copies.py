@@ -130,14 +130,12 @@ def token_cost(rule, row, where, number, units, several):
         elif holders == 1:
             total += (units - last) / last
         else:
-            for h in range(units):
-                home = one << np.uint64(h)
-                if home != unit:
-                    miss = 1.0
-                    for x in range(many):
-                        if several[x] & unit and not several[x] & home:
-                            miss *= 1.0 - 1.0 / ones(several[x])
-                    total += 1.0 - miss
+            for h in range(units):  # nothing at the unit itself
+                home, miss = one << np.uint64(h), 1.0
+                for x in range(many):
+                    if several[x] & unit and not several[x] & home:
+                        miss *= 1.0 - 1.0 / ones(several[x])
+                total += 1.0 - miss
     return total
 
 
@@ -187,7 +185,7 @@ def share_out(left, amount, unit_load):
 
 
 @kernel
-def cover_load(row, weight, where, number, units, several, unit_load):
+def cover_load(row, weight, where, number, units, unit_load):
     """Add the picks of a token under the rule cover, expected over uniform homes, times `weight`.
 
     *Open* experts are on none of the units that must be touched. Exact where two are at most, and experts that are on
@@ -306,7 +304,7 @@ def anneal_copies(
     unit_load, trial, before = np.zeros(units), np.zeros(units), np.zeros(units)
     if rule == 2:
         for t in range(tokens.shape[0]):
-            cover_load(tokens[t], count[t], where, number, units, several, unit_load)
+            cover_load(tokens[t], count[t], where, number, units, unit_load)
     else:
         for e in range(experts):
             spread_load(e, 1.0, load, where, number, unit_load)
@@ -333,7 +331,9 @@ def anneal_copies(
                 if c == a or e == g or (e >= 0 and where[e] >> np.uint64(c) & np.uint64(1)):
                     continue
             elif e < 0 or number[e] > 1:
-                g = int(draws[step, x + 1] * experts)
+                g = int(draws[step, x + 1] * (experts + 1)) - 1
+                if e == g:
+                    continue
             else:
                 continue
             if g >= 0 and where[g] >> np.uint64(a) & np.uint64(1):
@@ -399,7 +399,7 @@ def anneal_copies(
                         if seen[t] != 4 * step + 3 - new:
                             seen[t] = 4 * step + 3 - new
                             into = trial if new else before
-                            cover_load(tokens[t], count[t], where, number, units, several, into)
+                            cover_load(tokens[t], count[t], where, number, units, into)
                 if new:
                     undo(e, u, f, v, where, number)
             trial -= before

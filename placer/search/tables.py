@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from placer.search.compiling import kernel
-from placer.search.copies import excess
+from placer.search.copies import excess, ones
 from placer.search.pricing import BIT, DE_BRUIJN
 
 
@@ -29,6 +29,10 @@ def fit_table(tokens, count, first, uses, where, load, cap, penalty, local, tabl
         Unit of each expert.
     sweeps : int
         Times that all entries are looked at, at most.
+
+    Returns
+    -------
+    `table_cost`, and the load above the cap.
     """
     sources, experts = table.shape
     one = np.uint64(1)
@@ -48,7 +52,7 @@ def fit_table(tokens, count, first, uses, where, load, cap, penalty, local, tabl
                 need[:] = 0.0
                 for at in range(first[e], first[e + 1]):
                     t = uses[at]
-                    touched = own
+                    touched = np.uint64(0)
                     for j in range(tokens.shape[1]):
                         f = tokens[t, j]
                         if f >= 0 and f != e:
@@ -74,4 +78,21 @@ def fit_table(tokens, count, first, uses, where, load, cap, penalty, local, tabl
                 changed |= best != table[s, e]
                 table[s, e] = best
         if not changed:
-            return
+            break
+    return table_cost(tokens, count, local, table), excess(unit_load, cap)
+
+
+@kernel
+def table_cost(tokens, count, local, table):
+    """Touched units of all tokens, the source's own left out where it is one, mean over sources."""
+    sources, one = table.shape[0], np.uint64(1)
+    total = 0
+    for s in range(sources):
+        own = one << np.uint64(s) if local else np.uint64(0)
+        for t in range(tokens.shape[0]):
+            touched = np.uint64(0)
+            for j in range(tokens.shape[1]):
+                if tokens[t, j] >= 0:
+                    touched |= one << np.uint64(table[s, tokens[t, j]])
+            total += count[t] * ones(touched & ~own)
+    return total / sources

@@ -45,5 +45,6 @@ def place(
     if copied:
         slots, runs = copies.with_copies(layer, placed.slots, rng=rng, clock=clock)
         options.append(Placed(slots=slots))
-    best = min(options, key=lambda option: judged(layer, option.slots)[0][:2])
-    return replace(best, rounds=placed.rounds + runs)
+    values = [judged(layer, option.slots) for option in options]
+    best = min(range(len(options)), key=lambda at: values[at][0][:2])
+    return replace(options[best], table=values[best][1], rounds=placed.rounds + runs)
