@@ -60,7 +60,7 @@ CASES = (
         redundant=8,
         rules=("nearest", "table", "cover"),
         share=0.8,
-        seconds=240,
+        seconds=120,
     ),
     Case(name="OLMoE 1x8x2 + 16", source=OLMOE, shape="1x8x2", redundant=16, max_load=1.0, seconds=60),
     Case(name="gpt-oss 1x4x2 + 8", source=GPT_OSS, shape="1x4x2", redundant=8, max_load=1.0, seconds=60),
