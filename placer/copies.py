@@ -24,8 +24,8 @@ Slots = npt.NDArray[np.int32]
 
 SAMPLE = 3_000  # distinct expert sets that the hot part of a run sees
 CHUNKS, FINAL = 12, 5  # parts of a run, and those of them at its end that see all tokens
-MOVES = 50  # proposals of a chunk in the first run, for each slot
-RUNS, LONGER = 3, 8  # runs at most, unless rounds are asked for, and how much longer each is than the last
+MOVES = 12  # proposals of a chunk in the first run, for each slot
+RUNS, LONGER = 4, 8  # runs at most, unless rounds are asked for, and how much longer each is than the last
 FITTING = 0.8  # of the time left may be taken by a run, by what the last one took
 HOT, COLD = 2e-2, 3e-4  # temperatures: touched units, as a share of the tokens
 CHOICE = 4  # moves drawn at a time, of which the best by pairs is tried
