@@ -144,7 +144,11 @@ def evaluate(
         alltoall=alltoall,
         replica_choice=rule,
         best_split=_best_split(placement, counted) if best_split else None,
-        memory={"worst_gpu_bytes": held_bytes, "capacity_bytes": float(np.min(capacity)), "reserve_bytes": reserve},
+        memory={
+            "worst_gpu_bytes": held_bytes,
+            "capacity_bytes": float(np.min(capacity)),
+            "reserve_bytes": reserve,
+        },
         assumptions=_assumptions(step, tokens_per_gpu, homes, placement, rule),
         steps=None if trace.step is None else _steps(trace),
         load_per_step=None if trace.step is None else _per_step(placement, trace, topology, held),

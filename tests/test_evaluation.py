@@ -412,7 +412,9 @@ def test_the_layers_that_differ_can_be_told_from_the_message() -> None:
 
 
 def test_a_table_that_is_not_there_is_refused() -> None:
-    placement = Placement(physical_to_logical=np.array([[0, 0]]), num_experts=1, shape=(1, 1, 2), rule="table")
+    placement = Placement(
+        physical_to_logical=np.array([[0, 0]]), num_experts=1, shape=(1, 1, 2), rule="table"
+    )
     trace = Trace(topk_idx=np.array([[[0]]]), num_experts=1)
     with pytest.raises(InvalidInput, match="table"):
         evaluate(placement, trace, H100.with_shape("1x1x2"))
