@@ -95,7 +95,7 @@ def command(
         max_load=max_load,
         load_margin=0.0,
         gpu_memory=1e18,  # a placement exists; whether it fits is for `placer check`
-        replica_choice="nearest",
+        replica_choice=placed.rule,
     )
     log = BoundLog(quiet=quiet)
     ctx.with_resource(compilation_told(log.say))
