@@ -19,7 +19,7 @@ import numpy.typing as npt
 from placer import copies
 from placer.clock import Clock
 from placer.layer import Layer
-from placer.solvers import Placed, cpsat, eplb, tabu
+from placer.solvers import Placed, cpsat, eplb, linear, tabu
 from placer.tables import judged
 
 needs = frozenset({"load"})
@@ -40,7 +40,7 @@ def place(
     placed = place_single(layer, rng=rng, clock=few, initial=initial)
     if layer.num_slots == layer.num_experts or clock.expired:
         return placed
-    options = [placed, eplb.place(layer, rng=rng, clock=clock, initial=initial)]
+    options = [placed, eplb.place(layer, rng=rng, clock=clock), linear.place(layer, rng=rng, clock=clock)]
     runs = 0
     if copied:
         slots, runs = copies.with_copies(layer, placed.slots, rng=rng, clock=clock)
