@@ -19,7 +19,7 @@ TOLERANCE = 0.02
 def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
     """Cap of every level: ``max(factor * mean, load of the reference arrangement)``.
 
-    The reference meets all levels together, so the caps are jointly feasible.
+    The reference meets all levels together, so the caps are jointly feasible (see `least_load`).
 
     Parameters
     ----------
@@ -38,8 +38,24 @@ def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
     for level, slots in enumerate(layer.unit_slots):
         if slots < layer.num_slots:
             mean = total * slots / layer.num_slots
-            limits[level] = max(factor * mean, float(layer.unit_load(layer.reference, slots).max()))
+            limits[level] = max(factor * mean, float(layer.least_load[level]))
     return limits
+
+
+def least_load(layer: Layer) -> npt.NDArray[np.float64]:
+    """Load of the busiest unit of each level, tokens, (num_levels,), in one arrangement by load alone.
+
+    It is `Layer.reference`, or EPLB's where the layer has copies and these leave its busiest GPU less to do.
+    """
+    alone = np.array([layer.unit_load(layer.reference, slots).max() for slots in layer.unit_slots])
+    if not layer.copies or layer.num_slots == layer.num_experts:
+        return alone
+    from placer.clock import Clock
+    from placer.solvers import eplb
+
+    copied = layer.even_load(eplb.place(layer, rng=np.random.default_rng(0), clock=Clock.start()).slots)
+    reached = np.array([copied.reshape(-1, slots).sum(axis=1).max() for slots in layer.unit_slots])
+    return reached if reached[0] < alone[0] else alone
 
 
 def raised(layer: Layer) -> list[dict[str, float | int | str]]:

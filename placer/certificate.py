@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -91,6 +92,13 @@ class LayerBound:
         """Whether the placement is proved optimal."""
         return self.allowed and self.bound >= self.touched
 
+    @property
+    def cap(self) -> float | None:
+        """The load over the mean that the bound's placements keep to; None without a cap."""
+        total = float(self.partition.load.sum())
+        finite = total > 0 and math.isfinite(self.partition.cap)
+        return self.partition.cap * self.partition.units / total if finite else None
+
     def to_dict(self) -> dict[str, Any]:
         """One entry of ``per_layer``."""
         return {
@@ -100,6 +108,7 @@ class LayerBound:
             "gap": self.gap,
             "best": self.best,
             "proved": self.proved,
+            "cap": self.cap,
             "method": self.method,
             "seconds": self.seconds,
         }
@@ -422,6 +431,12 @@ def _notes(problem: Problem, layers: tuple[LayerBound, ...], whole_groups: bool)
         notes.append("only placements that keep gate groups whole are bounded")
     if problem.max_load is not None:
         notes.append(f"only placements within --max-load {problem.max_load:g} are bounded")
+        raised = [cap for layer in layers if (cap := layer.cap) is not None and cap > problem.max_load + 1e-9]
+        if raised:
+            notes.append(
+                f"the cap is raised in {len(raised)} of {len(layers)} layers, to at most {max(raised):.3f}: "
+                "even packing by load alone needs it"
+            )
     outside = sum(not layer.allowed for layer in layers)
     if outside:
         notes.append(f"the placement given is not one of these in {outside} layers; there it may touch fewer")

@@ -2,15 +2,16 @@
 
 Idea: what servers hold is annealed as a whole: swaps of two experts, and other experts in slots that are empty or
 hold a copy. The cost is exact for the dispatch rule, touched servers other than the home's, plus a penalty for load
-above the caps; load is taken to be shared evenly by copies, and put right after every chunk of moves by what the
-rule really does. Each server's experts are then arranged on its GPUs by tabu search. Runs get longer from one to
-the next, and each starts hot.
+above the caps. Copies share load evenly in the search, or under ``cover`` as its kernel counts them; there the cap is
+adapted at the end of a run to what the rule really does. Each server's experts are then arranged on its GPUs by tabu
+search. Runs get longer from one to the next, and each starts hot.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ import numpy.typing as npt
 from placer.clock import Clock
 from placer.layer import Floats, Ints, Layer
 from placer.search import descend
-from placer.tables import judged
 
 Slots = npt.NDArray[np.int32]
 
@@ -49,40 +49,33 @@ def suits(layer: Layer) -> bool:
     return useful and layer.rule in rules and 1 < units <= UNITS
 
 
-def with_copies(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock) -> tuple[Slots, int]:
-    """Slots with copies in the spare ones that cost less than those given, or these, and the runs made.
+def finds(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock) -> Iterator[Slots]:
+    """Slots with copies in the spare ones, those of every run.
 
     Parameters
     ----------
     layer : Layer
-        One that `suits`.
+        One that `suits`, its caps those that copies can meet.
     slots : (num_slots,) int32
         Where runs begin: every expert once.
     rng : numpy.random.Generator
     clock : Clock
         Asked between chunks; a run that is cut short does not count.
     """
-    if not layer.load.any():
-        return slots, 0
     small = layer.sample(SAMPLE)
-    width = _width(layer)
-    start = slots.reshape(-1, width).astype(np.int64)
-    best, key = slots, judged(layer, slots)[0][:2]
+    start = slots.reshape(-1, _width(layer)).astype(np.int64)
     runs, moves = 0, MOVES * layer.num_slots
     while clock.allows(runs) and (clock.rounds is not None or runs < RUNS) and moves > MOVES:
         begun = time.monotonic()
         content = _annealed(layer, small, start, moves, rng, clock)
         if content is None:
-            break
+            return
         runs += 1
+        yield _on_gpus(layer, small, content, rng)
         longer = float(LONGER)
         if clock.rounds is None:  # else the same rounds are the same work
             longer = min(longer, FITTING * clock.remaining / max(1e-3, time.monotonic() - begun))
         moves = min(int(moves * longer), MOVES * layer.num_slots * LONGER ** (RUNS - 1))
-        found = _on_gpus(layer, content, rng)
-        if (value := judged(layer, found)[0][:2]) < key:
-            best, key = found, value
-    return best, runs
 
 
 def _width(layer: Layer) -> int:
@@ -96,7 +89,7 @@ def _annealed(
 ) -> Ints | None:
     """What servers hold after one run; None where the clock ran out."""
     content, width = start.copy(), start.shape[1]
-    level, limits = layer.unit_slots.index(width), caps_with_copies(layer)
+    level, limits = layer.unit_slots.index(width), layer.caps
     mean = float(layer.load.sum()) / len(content)
     aim, least = WITHIN * limits[level], min(WITHIN * limits[level], mean * ABOVE)
     penalty, over = PENALTY, 0.0
@@ -151,25 +144,6 @@ def _anneal(
     return float(over)
 
 
-def caps_with_copies(layer: Layer) -> Floats:
-    """Caps of every level where copies may share an expert's load: those of `placer.caps`, or less.
-
-    What copies can reach is what EPLB's do.
-    """
-    from placer.solvers import eplb
-
-    alone = layer.caps
-    if layer.cap_factor is None:
-        return alone
-    copied = eplb.place(layer, rng=np.random.default_rng(0), clock=Clock.start()).slots
-    number = np.maximum(np.bincount(copied[copied >= 0], minlength=layer.num_experts), 1)
-    share = np.where(copied >= 0, (layer.load / number)[copied], 0.0)
-    reached = [share.reshape(-1, width).sum(axis=1).max() for width in layer.unit_slots]
-    mean = float(layer.load.sum()) * np.array(layer.unit_slots) / layer.num_slots
-    limits: Floats = np.maximum(layer.cap_factor * mean, reached)
-    return limits if limits[0] < alone[0] else alone
-
-
 def _dealt(layer: Layer, content: Ints) -> Slots:
     """Slots from what units hold, the experts of each dealt to its GPUs in turn."""
     ranks = content.shape[1] // layer.slots_per_rank
@@ -180,28 +154,29 @@ def _dealt(layer: Layer, content: Ints) -> Slots:
     return np.where(flat == last, -1, flat).astype(np.int32)
 
 
-def _on_gpus(layer: Layer, content: Ints, rng: np.random.Generator) -> Slots:
+def _on_gpus(layer: Layer, small: Layer, content: Ints, rng: np.random.Generator) -> Slots:
     """Slots from what servers hold: each server's experts on its GPUs, within the caps and for few touched ones."""
     ranks = content.shape[1] // layer.slots_per_rank
     if ranks == 1:
         return _dealt(layer, content)
-    rows = [_arranged(layer, row, content, ranks, rng) for row in content]
+    rows = [_arranged(layer, small, row, content, ranks, rng) for row in content]
     return np.concatenate(rows).astype(np.int32)
 
 
-def _arranged(layer: Layer, row: Ints, content: Ints, ranks: int, rng: np.random.Generator) -> Slots:
+def _arranged(
+    layer: Layer, small: Layer, row: Ints, content: Ints, ranks: int, rng: np.random.Generator
+) -> Slots:
     members = row[row >= 0]
     if len(members) == 0:
         return np.full(len(row), -1, np.int32)
     number = np.bincount(content[content >= 0], minlength=layer.num_experts)
     place = np.full(layer.num_experts + 1, -1, np.int32)  # the last one is for -1
     place[members] = np.arange(len(members))
-    small = layer.sample(SAMPLE)
     topk = place[small.tokens]
     topk = topk[(topk >= 0).sum(axis=1) > 1]
     heat = (layer.load[members] / number[members]).round().astype(np.int64)
     mean = heat.sum() / ranks
-    limit = float(caps_with_copies(layer)[0])
+    limit = float(layer.caps[0])
     part = Layer(
         index=layer.index,
         num_experts=len(members),

@@ -85,8 +85,8 @@ def take_table(topk_idx: Array, homes: Array, table: Array, *, server_ranks: int
     >>> take_table(np.array([[0, 1], [0, -1]]), np.array([1, 2]), table, server_ranks=2).tolist()
     [[0, 2], [4, -1]]
     """
+    _check(topk_idx, homes, num_experts=table.shape[1], num_ranks=len(table) * server_ranks)
     xp = _library(topk_idx)
-    _check(topk_idx, homes)
     ids, at = _int64(topk_idx), _int64(homes) // server_ranks
     slots = _int64(table)[at[:, None], xp.where(ids < 0, 0, ids)]
     return xp.where(ids < 0, -1, slots)
@@ -141,12 +141,12 @@ def take_cover(
     >>> take_cover(np.array([[0, 1], [1, 2], [1, -1]]), np.array([1, 0, 2]), slots_of, **machine)[[0, 2]].tolist()
     [[0, 1], [4, -1]]
     """
-    xp = _library(topk_idx)
-    _check(topk_idx, homes)
+    _check(topk_idx, homes, num_experts=len(slots_of), num_ranks=num_servers * server_ranks)
     if topk_idx.shape[1] > LARGEST_TOP_K:
         raise InvalidInput(
             f"topk_idx: found {topk_idx.shape[1]} experts a token, expected at most {LARGEST_TOP_K}"
         )
+    xp = _library(topk_idx)
     ids, home, copies_of = _int64(topk_idx), _int64(homes)[:, None, None], _int64(slots_of)
     expert = xp.where(ids < 0, 0, ids)
     copies = copies_of[expert]
@@ -214,12 +214,26 @@ def _mixed(number: Array) -> Array:
     return (x >> 16) ^ x
 
 
-def _check(topk_idx: Array, homes: Array) -> None:
+def _check(topk_idx: Array, homes: Array, *, num_experts: int, num_ranks: int) -> None:
+    if not (hasattr(topk_idx, "ndim") and hasattr(homes, "shape")):
+        found = f"{type(topk_idx).__name__} and {type(homes).__name__}"
+        raise InvalidInput(f"topk_idx and homes: found {found}, expected numpy arrays or torch tensors")
     if topk_idx.ndim != 2 or tuple(homes.shape) != tuple(topk_idx.shape[:1]):
         raise InvalidInput(
             f"found topk_idx of shape {tuple(topk_idx.shape)} and homes of {tuple(homes.shape)}, "
             "expected (num_tokens, top_k) and (num_tokens,)"
         )
+    if num_ranks < 1:
+        raise InvalidInput(f"ranks: found {num_ranks} over all servers, expected at least 1")
+    if not isinstance(topk_idx, np.ndarray):
+        return  # a look at the values of a tensor would wait for the device
+    for what, array, least, end in (
+        ("topk_idx", topk_idx, -1, num_experts),
+        ("homes", homes, 0, num_ranks),
+    ):
+        if array.size and not (array.dtype.kind in "iu" and least <= array.min() and array.max() < end):
+            found = f"{array.dtype} from {array.min()} to {array.max()}"
+            raise InvalidInput(f"{what}: found {found}, expected integers from {least} to {end - 1}")
 
 
 def _library(array: Array) -> Any:

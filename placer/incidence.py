@@ -140,9 +140,9 @@ def incidence(
     if aimed.rank_of is None:
         touched, remote, load = (np.zeros((len(size), num_ranks)) for _ in range(3))
         if not aimed.cover:
-            alike = _alike(aimed)
-            expect_counts(topk, aimed.candidates, aimed.number, alike, size, touched, remote, load)
-            return Incidence(touched=touched, remote=remote, load=load)
+            expect_counts(topk, aimed.candidates, aimed.number, *_kinds(aimed), size, touched, remote)
+            picks = np.bincount(topk[topk >= 0], minlength=aimed.number.shape[1])
+            return Incidence(touched=touched, remote=remote, load=_shared(picks, aimed, size))
         pairs = np.zeros((3, num_ranks, unit_ranks[server]))
         ports = np.zeros((3, len(size), num_ranks))
         everywhere = np.zeros(0, np.int32)
@@ -159,14 +159,22 @@ def incidence(
     )
 
 
-def _alike(aimed: Targets) -> npt.NDArray[np.int32]:
-    """The first home with the same candidates, (homes, num_experts); -1 where all homes have the same."""
-    alike = np.zeros(aimed.number.shape, np.int32)
-    for expert in range(len(alike[0])):
+def _shared(picks: npt.NDArray[np.int64], aimed: Targets, size: npt.NDArray[np.int64]) -> Floats:
+    """Choices served in each unit, (num_levels, num_ranks), homes uniform, from those of each expert."""
+    ranks, _, most = aimed.candidates.shape
+    counts = np.arange(most) < aimed.number[:, :, None]
+    share = np.where(counts, picks[None, :, None] / (ranks * aimed.number[:, :, None]), 0.0)
+    by_rank = np.bincount(aimed.candidates[counts], share[counts], minlength=ranks).astype(np.float64)
+    return loads(by_rank, np.arange(ranks)[None, :] // size[:, None], ranks)
+
+
+def _kinds(aimed: Targets) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Homes by candidates: (homes, num_experts) equal where an expert has the same ones, and how many there are."""
+    kind_of = np.zeros(aimed.number.shape, np.int32)
+    for expert in np.flatnonzero((aimed.candidates != aimed.candidates[:1]).any(axis=(0, 2))):
         own = np.column_stack([aimed.number[:, expert], aimed.candidates[:, expert]])
-        _, first, kind = np.unique(own, axis=0, return_index=True, return_inverse=True)
-        alike[:, expert] = first[kind.ravel()] if len(first) > 1 else -1
-    return alike
+        kind_of[:, expert] = np.unique(own, axis=0, return_inverse=True)[1].ravel()
+    return kind_of, kind_of.max(axis=0) + np.int32(1)
 
 
 def add_flows(

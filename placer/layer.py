@@ -58,6 +58,8 @@ class Layer:
         Sequence key of each token (see `placer.traffic.Routes`), for splits.
     num_groups : int
         Gate groups of consecutive experts.
+    copies : bool
+        Whether spare slots are to hold copies: these can share a hot expert's load, so that caps need be raised less.
     """
 
     index: int
@@ -75,6 +77,7 @@ class Layer:
     topk: Experts | None = None
     key: npt.NDArray[np.uint64] | None = None
     num_groups: int = 1
+    copies: bool = False
 
     @property
     def num_slots(self) -> int:
@@ -228,9 +231,7 @@ class Layer:
             ]
             seconds = float(counts.remote.sum(axis=1) @ np.array(self.seconds))
         else:
-            copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
-            share = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
-            loads = [share.reshape(-1, width).sum(axis=1) for width in self.unit_slots]
+            loads = [self.even_load(slots).reshape(-1, width).sum(axis=1) for width in self.unit_slots]
             seconds = 0.0
         over = sum(
             float(np.maximum(load - cap, 0.0).sum()) for load, cap in zip(loads, self.caps, strict=True)
@@ -274,6 +275,12 @@ class Layer:
         heat: Floats = self.expert_load[occupant].reshape(-1, slots).sum(axis=1)
         return heat
 
+    def even_load(self, slots: Occupant) -> Floats:
+        """Load of every slot of a slot array, tokens, copies sharing an expert's evenly."""
+        copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
+        share: Floats = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
+        return share
+
     @property
     def tokens(self) -> Experts:
         """`topk`, or an error in one line when only counts are known."""
@@ -291,6 +298,13 @@ class Layer:
         sizes = self.sizes if len(self.sizes) else np.array([1], np.int64)
         arranged: Occupant = balanced(self.expert_load, sizes)
         return arranged
+
+    @cached_property
+    def least_load(self) -> Floats:
+        """Load of the busiest unit of each level, tokens, (num_levels,), where load alone counts."""
+        from placer.caps import least_load
+
+        return least_load(self)
 
     @property
     def cap_factor(self) -> float | None:

@@ -124,6 +124,10 @@ class Problem:
                 f"slots: {self.num_slots} a layer ({self.num_ranks} GPUs x {self.slots_per_rank}) "
                 f"cannot hold {self.num_experts} experts"
             )
+        if self.slots_per_rank > self.num_experts:
+            raise InvalidInput(
+                f"slots: found {self.slots_per_rank} on each GPU, expected at most {self.num_experts}, one an expert"
+            )
         if self.num_slots > MAX_SLOTS:
             raise InvalidInput(
                 f"slots: found {self.num_ranks} GPUs x {self.slots_per_rank} in a layer, expected at most {MAX_SLOTS}"

@@ -191,6 +191,7 @@ class _Done:
 
 def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None) -> _Done:
     rng = np.random.default_rng([seed, layer.index])
+    layer = replace(layer, copies="copies" in method(name).handles)
     placed = method(name).place(layer, rng=rng, clock=clock, initial=initial)
     (excess, cost, heat), table = judged(layer, placed.slots, placed.table)
     if placed.claim is not None and not math.isclose(placed.claim, cost, rel_tol=1e-9, abs_tol=1e-18):
@@ -241,25 +242,25 @@ def _initial(problem: Problem, initial: Placement | None) -> list[Slots | None]:
 def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> None:
     """Run the method on a toy layer with as many levels, so that compilation is not on the clock."""
     levels = len(problem.topology.levels)
-    slots = 2 ** (levels + 1)
-    tokens = np.stack([np.arange(slots), np.arange(slots) ^ 1], axis=1)
+    experts = 2 ** (levels + 1)
+    tokens = np.stack([np.arange(experts), np.arange(experts) ^ 1], axis=1)
+    spare = problem.num_slots > problem.num_experts
     toy = replace(
         problem.layer(0),
-        num_experts=slots,
-        num_ranks=slots // 2,
-        slots_per_rank=2,
+        num_experts=experts,
+        num_ranks=experts // 2,
+        slots_per_rank=3 if spare else 2,
         unit_ranks=tuple(2**level for level in range(levels)),
         server_ranks=2,
-        load=np.full(slots, 2, np.int64),
+        load=np.full(experts, 2, np.int64),
         pair_counts=None,
         topk=None if problem.routes is None else tokens.astype(problem.layer(0).tokens.dtype),
-        key=None if problem.routes is None else np.arange(slots, dtype=np.uint64),
+        key=None if problem.routes is None else np.arange(experts, dtype=np.uint64),
         num_groups=1,
+        copies="copies" in chosen.handles,
     )
-    placed = chosen.place(
-        toy, rng=np.random.default_rng(0), clock=Clock.start(seconds=5, rounds=1, stop=stop)
-    )
-    toy.score(placed.slots)
+    placed = chosen.place(toy, rng=np.random.default_rng(0), clock=Clock.start(rounds=1, stop=stop))
+    judged(toy, placed.slots, placed.table)
 
 
 def _compile_bounds() -> None:

@@ -39,7 +39,7 @@ KEYS = {
     "per_layer",
     "notes",
 }
-LAYER_KEYS = {"layer", "touched", "bound", "gap", "best", "proved", "method", "seconds"}
+LAYER_KEYS = {"layer", "touched", "bound", "gap", "best", "proved", "cap", "method", "seconds"}
 MACHINE = Topology.load("dgx-h100")
 
 
@@ -153,6 +153,19 @@ def test_a_load_cap_is_part_of_what_is_bounded() -> None:
         assert layer.bound == least(trace, layer.layer, 4, cap)
     free = certify(linear((1, 4, 1)), problem(trace, "1x4x1"))
     assert free.bound < certificate.bound  # type: ignore[operator]
+
+
+def test_a_cap_that_cannot_be_met_is_said_to_be_raised() -> None:
+    routed = problem(noisy_trace(tokens=200), "1x4x1", max_load=1.0)
+    certificate = certify(linear((1, 4, 1)), routed)
+    caps = [layer["cap"] for layer in certificate.to_dict()["per_layer"]]
+    assert caps == [
+        pytest.approx(routed.layer(at).caps[1] / routed.layer(at).load.sum() * 4) for at in (0, 1)
+    ]
+    assert max(caps) > 1
+    assert any(f"raised in 2 of 2 layers, to at most {max(caps):.3f}" in note for note in certificate.notes)
+    loose = certify(linear((1, 4, 1)), problem(noisy_trace(tokens=200), "1x4x1", max_load=1.5))
+    assert not any("raised" in note for note in loose.notes)
 
 
 def test_a_placement_above_the_cap_is_never_proved_optimal() -> None:

@@ -26,7 +26,7 @@ from placer.search.copies import (
     token_cost,
     total_cost,
 )
-from placer.solvers import linear
+from placer.solvers import auto
 from placer.tables import judged
 from tests.instances import noisy_trace, problem
 
@@ -422,7 +422,7 @@ def test_no_draws_leave_the_content(rule: str) -> None:
     assert run.cost == pytest.approx(remote_of(run, run.before))
 
 
-# -- with_copies --------------------------------------------------------------------------------------------------
+# -- finds --------------------------------------------------------------------------------------------------------
 
 
 def single(layer: Layer) -> npt.NDArray[np.int32]:
@@ -432,9 +432,13 @@ def single(layer: Layer) -> npt.NDArray[np.int32]:
 
 def searched(layer: Layer, *, rounds: int = 2, seed: int = 0) -> npt.NDArray[np.int32]:
     clock = Clock.start(rounds=rounds)
-    found, runs = copies.with_copies(layer, single(layer), rng=np.random.default_rng(seed), clock=clock)
-    assert runs == rounds
-    return found
+    layer = replace(layer, copies=True)
+    found = [
+        single(layer),
+        *copies.finds(layer, single(layer), rng=np.random.default_rng(seed), clock=clock),
+    ]
+    assert len(found) == rounds + 1
+    return min(found, key=lambda slots: judged(layer, slots)[0][:2])
 
 
 def tiny(rule: str, seed: int, max_load: float | None = None) -> Layer:
@@ -535,10 +539,7 @@ def stopped() -> Clock:
 @pytest.mark.parametrize("clock", [Clock.start(seconds=0), Clock.start(rounds=0), stopped()])
 def test_an_expired_clock_leaves_the_start(clock: Clock) -> None:
     layer = tiny("nearest", 0)
-    start = linear.place(layer, rng=np.random.default_rng(0), clock=clock).slots
-    found, runs = copies.with_copies(layer, single(layer), rng=np.random.default_rng(0), clock=clock)
-    assert (found.tolist(), runs) == (single(layer).tolist(), 0)
-    assert found.tolist() != start.tolist()  # which has copies
+    assert list(copies.finds(layer, single(layer), rng=np.random.default_rng(0), clock=clock)) == []
 
 
 @pytest.mark.parametrize("asked", [1, 5, 12])
@@ -546,8 +547,7 @@ def test_a_run_that_is_cut_short_does_not_count(asked: int, monkeypatch: pytest.
     answers = iter([False] * asked + [True] * 99)
     monkeypatch.setattr(Clock, "expired", property(lambda clock: next(answers)))
     layer = tiny("nearest", 0)
-    found, runs = copies.with_copies(layer, single(layer), rng=np.random.default_rng(0), clock=Clock.start())
-    assert (found.tolist(), runs) == (single(layer).tolist(), 0)
+    assert list(copies.finds(layer, single(layer), rng=np.random.default_rng(0), clock=Clock.start())) == []
 
 
 def test_the_same_rng_gives_the_same_copies_and_another_may_not() -> None:
@@ -573,11 +573,9 @@ def test_a_layer_without_any_choice_is_placed_like_any_other(rule: str, max_load
     layer = problem(
         Trace(topk_idx=topk, num_experts=4), "1x3x2", slots_per_gpu=1, max_load=max_load, replica_choice=rule
     ).layer(0)
-    start = single(layer)
-    found, runs = copies.with_copies(layer, start, rng=np.random.default_rng(0), clock=Clock.start(rounds=1))
-    assert runs == 0
-    assert np.array_equal(found, start)
-    assert {*range(4)} <= {*found.tolist()}
+    assert not copies.suits(layer)
+    placed = auto.place(layer, rng=np.random.default_rng(0), clock=Clock.start(rounds=1))
+    assert {*range(4)} <= {*placed.slots.tolist()}
 
 
 @pytest.mark.parametrize("rule", ["nearest", "cover", "table"])
@@ -607,7 +605,7 @@ def capped(seed: int, shape: str, slots: int, max_load: float | None, experts: i
 )
 def test_copies_never_raise_the_cap_of_a_gpu(seed: int, max_load: float, shape: tuple[str, int]) -> None:
     layer = capped(seed, *shape, max_load)
-    with_them = copies.caps_with_copies(layer)
+    with_them = replace(layer, copies=True).caps
     assert with_them.shape == layer.caps.shape
     assert with_them[0] <= layer.caps[0]
     mean = layer.load.sum() * np.array(layer.unit_slots) / layer.num_slots
@@ -628,26 +626,52 @@ def test_without_spare_slots_caps_are_those_of_the_layer(
 ) -> None:
     layer = capped(seed, *shape, max_load)
     assert layer.num_slots == layer.num_experts
-    assert copies.caps_with_copies(layer).tolist() == layer.caps.tolist()
+    assert replace(layer, copies=True).caps.tolist() == layer.caps.tolist()
 
 
 def test_without_a_cap_there_is_none_with_copies() -> None:
-    assert copies.caps_with_copies(capped(0, "1x4x1", 3, None)).tolist() == [np.inf] * 3
+    assert replace(capped(0, "1x4x1", 3, None), copies=True).caps.tolist() == [np.inf] * 3
 
 
 def test_copies_lower_the_cap_that_the_hottest_expert_had_raised() -> None:
     """Of four experts on four GPUs one has half of the load: alone that is twice the mean."""
     topk = np.array([[0, 1], [0, 2], [0, 3], [0, 1], [0, 2], [0, 3]])
     layer = layer_of(topk, np.array([[0], [1], [2], [3]]), "nearest", max_load=1.05)
-    assert layer.caps[0] == 6.0 == copies.caps_with_copies(layer)[0]
+    assert layer.caps[0] == 6.0 == replace(layer, copies=True).caps[0]
     layer = layer_of(topk, np.array([[0, -1], [1, -1], [2, -1], [3, -1]]), "nearest", max_load=1.05)
     assert layer.caps[0] == 6.0
-    assert 1.05 * 12 / 4 <= copies.caps_with_copies(layer)[0] < 4.0
+    assert 1.05 * 12 / 4 <= replace(layer, copies=True).caps[0] < 4.0
 
 
 def test_copies_meet_a_cap_that_no_placement_without_them_can() -> None:
     topk = np.array([[0, 1], [0, 2], [0, 3], [0, 1], [0, 2], [0, 3]] * 20)
     layer = layer_of(topk, np.array([[0, -1], [1, -1], [2, -1], [3, -1]]), "nearest", max_load=1.05)
-    cap = copies.caps_with_copies(layer)[0]
+    cap = replace(layer, copies=True).caps[0]
     assert layer.counts(searched(layer)).load[SERVER].max() <= cap + 1e-9
     assert layer.counts(single(layer)).load[SERVER].max() == 120 > cap
+
+
+def test_caps_are_raised_to_what_copies_need_where_the_method_makes_them() -> None:
+    topk = np.array([[0, 1], [0, 2], [0, 3], [0, 1], [0, 2], [0, 3]] * 20)[:, None]
+    trace = Trace(topk_idx=topk, num_experts=4)
+    posed = problem(trace, "1x4x1", slots_per_gpu=2, max_load=1.05, replica_choice="nearest")
+    solved = solve(posed, "auto", budget=Budget(seconds=None, rounds=2))
+    assert (solved.placement.replica_count[0] > 1).any()
+    share = (120 / 4 + 40) / 60  # of four copies two met in EPLB's map, and were parted
+    assert [row["cap"] for row in solved.caps_raised] == pytest.approx([share, share])
+    assert [row["cap"] for row in solve(posed, "refine").caps_raised] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("servers", [4, 72])  # more than the compiled search takes
+def test_auto_is_as_good_as_the_copies_of_eplb_and_linear(servers: int) -> None:
+    topk = tokens_of(np.random.default_rng(0), 400, servers, 3)
+    topk[:200] = [0, 1, 2]  # hot experts
+    trace = Trace(topk_idx=topk[:, None], num_experts=servers)
+    posed = problem(trace, f"1x{servers}x1", slots_per_gpu=2, max_load=1.1)
+    layer = replace(posed.layer(0), copies=True)
+    budget = Budget(seconds=None, rounds=1)
+    auto, *others = (
+        judged(layer, solve(posed, name, budget=budget).placement.physical_to_logical[0])[0][:2]
+        for name in ("auto", "eplb", "linear")
+    )
+    assert auto <= min(others)

@@ -200,6 +200,32 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         take_table(np.zeros((2, 1), int), np.zeros(3, int), np.zeros((1, 1), int), server_ranks=1)
 
 
+@pytest.mark.parametrize(
+    ("topk", "homes", "said"),
+    [
+        ([[3]], [0], "topk_idx: found int64 from 3 to 3, expected integers from -1 to 2"),
+        ([[-2]], [0], "topk_idx: found int64 from -2 to -2"),
+        ([[0.5]], [0], "topk_idx: found float64"),
+        ([[True]], [0], "topk_idx: found bool"),
+        ([[0]], [4], "homes: found int64 from 4 to 4, expected integers from 0 to 3"),
+        ([[0]], [-1], "homes: found int64 from -1 to -1"),
+    ],
+)
+def test_values_out_of_range_are_refused(topk: list[list[float]], homes: list[int], said: str) -> None:
+    ids, ranks, table = np.array(topk), np.array(homes), np.zeros((2, 3), int)
+    with pytest.raises(InvalidInput, match=said):
+        take_table(ids, ranks, table, server_ranks=2)
+    with pytest.raises(InvalidInput, match=said):
+        take_cover(ids, ranks, table.T, slots_per_rank=1, server_ranks=2, num_servers=2)
+
+
+def test_lists_and_machines_without_ranks_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="found list and list, expected numpy arrays or torch tensors"):
+        take_table([[0]], [0], np.zeros((1, 1), int), server_ranks=1)
+    with pytest.raises(InvalidInput, match="ranks: found 0"):
+        take_table(np.zeros((1, 1), int), np.zeros(1, int), np.zeros((1, 1), int), server_ranks=0)
+
+
 def test_ids_of_any_integer_type_are_taken() -> None:
     case = olmoe_like()
     topk, homes = everywhere(case, 0)

@@ -40,7 +40,7 @@ def problems(draw: st.DrawFn) -> Problem:
     )
     ranks = math.prod(shape)
     per_rank = draw(st.integers(1, 3))
-    num_experts = draw(st.integers(max(1, ranks * per_rank - 3), ranks * per_rank))
+    num_experts = draw(st.integers(max(per_rank, ranks * per_rank - 3), ranks * per_rank))
     trace = random_trace(
         draw(st.integers(0, 2**16)),
         draw(st.integers(1, 12)),
@@ -97,6 +97,13 @@ def test_slots_that_do_not_come_out_are_refused_with_what_would(
     pattern = re.escape(message).replace(re.escape(".*"), ".*")
     with pytest.raises(InvalidInput, match=pattern):
         slots_per_rank(*arguments)
+
+
+def test_more_slots_on_a_gpu_than_experts_are_refused() -> None:
+    trace = random_trace(0, 10, 4, 2)
+    posed = Problem.from_trace(trace, H100.with_shape("1x2x1"), slots_per_gpu=4)
+    with pytest.raises(InvalidInput, match="slots: found 5 on each GPU, expected at most 4, one an expert"):
+        replace(posed, slots_per_rank=5)
 
 
 @settings(max_examples=100, deadline=None)

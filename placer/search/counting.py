@@ -192,51 +192,50 @@ def expect_flows(
 
 
 @kernel
-def expect_counts(tokens, candidates, num_candidates, alike, size, touched, remote, load):
-    """The `touched`, `remote` and `load` of `expect_flows`, homes uniform, without flows and covers.
+def expect_counts(tokens, candidates, num_candidates, kind_of, num_kinds, size, touched, remote):
+    """The `touched` and `remote` of `expect_flows`, homes uniform, without flows and covers.
 
-    Homes for which a token's experts have the same candidates are counted together: `alike` (homes, E) is the first
-    home at which an expert has the same candidates.
+    Homes for which a token's experts have the same candidates are counted together: `kind_of` (homes, E) is equal
+    where an expert has the same candidates, and below `num_kinds` (E,).
     """
     levels, ranks = touched.shape
-    width = tokens.shape[1]
-    varied = np.empty(width, np.int64)
-    first, homes = np.empty(ranks, np.int64), np.empty(ranks, np.int64)
+    width, most = tokens.shape[1], num_kinds.max()
+    kind, homes = np.empty(ranks, np.int64), np.empty(ranks, np.int64)  # of each home; of each kind
+    first = np.empty(ranks, np.int64)
+    label, stamp, marks = np.empty(ranks * most, np.int64), np.zeros(ranks * most, np.int64), 0
     inside = np.zeros((ranks, levels, ranks), np.int64)
     miss, now = np.ones(ranks, np.float64), np.zeros(ranks, np.float64)
     seen = np.empty(ranks, np.int64)
     everywhere = np.zeros((levels, ranks), np.int64)
+    unit_of = np.empty((levels, ranks), np.int32)  # a look-up is faster than a division
     for level in range(levels):
         for home in range(ranks):
-            everywhere[level, home // size[level]] += 1
+            unit_of[level, home] = home // size[level]
+            everywhere[level, unit_of[level, home]] += 1
     for t in range(tokens.shape[0]):
-        many = 0
+        kinds = 1
+        first[0], homes[0] = 0, ranks
         for j in range(width):
             e = tokens[t, j]
-            if e >= 0 and alike[ranks - 1, e] >= 0:
-                varied[many] = e
-                many += 1
-        kinds = 0
-        if many == 0:
-            first[0], homes[0], kinds = 0, ranks, 1
-        else:
+            if e < 0 or num_kinds[e] == 1:
+                continue
+            if kinds == 1:
+                kind[:] = 0
+            kinds, marks = 0, marks + 1
             for home in range(ranks):
-                kind = 0
-                while kind < kinds:
-                    same = True
-                    for x in range(many):
-                        same &= alike[home, varied[x]] == alike[first[kind], varied[x]]
-                    if same:
-                        break
-                    kind += 1
-                if kind == kinds:
-                    first[kind], homes[kind] = home, 0
+                code = kind[home] * most + kind_of[home, e]
+                if stamp[code] != marks:
+                    stamp[code], label[code] = marks, kinds
+                    first[kinds], homes[kinds] = home, 0
                     kinds += 1
-                homes[kind] += 1
+                kind[home] = label[code]
+                homes[kind[home]] += 1
+        if kinds > 1:
+            for home in range(ranks):
                 for level in range(levels):
-                    inside[kind, level, home // size[level]] += 1
-        for kind in range(kinds):
-            home, share = first[kind], homes[kind] / ranks
+                    inside[kind[home], level, unit_of[level, home]] += 1
+        for k in range(kinds):
+            home, share = first[k], homes[k] / ranks
             for level in range(levels):
                 n = 0
                 for j in range(width):
@@ -244,12 +243,17 @@ def expect_counts(tokens, candidates, num_candidates, alike, size, touched, remo
                     if e < 0:
                         continue
                     count = num_candidates[home, e]
+                    if count == 1:
+                        u = unit_of[level, candidates[home, e, 0]]
+                        if miss[u] == 1.0:
+                            seen[n] = u
+                            n += 1
+                        miss[u] = 0.0
+                        continue
                     for c in range(count):
-                        u = candidates[home, e, c] // size[level]
-                        now[u] += 1.0 / count
-                        load[level, u] += share / count
+                        now[unit_of[level, candidates[home, e, c]]] += 1.0 / count
                     for c in range(count):
-                        u = candidates[home, e, c] // size[level]
+                        u = unit_of[level, candidates[home, e, c]]
                         if now[u] > 0.0:
                             if miss[u] == 1.0:
                                 seen[n] = u
@@ -258,14 +262,14 @@ def expect_counts(tokens, candidates, num_candidates, alike, size, touched, remo
                             now[u] = 0.0
                 for x in range(n):
                     u = seen[x]
-                    own = everywhere[level, u] if many == 0 else inside[kind, level, u]
+                    own = everywhere[level, u] if kinds == 1 else inside[k, level, u]
                     touched[level, u] += (1.0 - miss[u]) * share
-                    remote[level, u] += (1.0 - miss[u]) * (homes[kind] - own) / ranks
+                    remote[level, u] += (1.0 - miss[u]) * (homes[k] - own) / ranks
                     miss[u] = 1.0
-        if many > 0:
-            for kind in range(kinds):
+        if kinds > 1:
+            for home in range(ranks):
                 for level in range(levels):
-                    inside[kind, level, :] = 0
+                    inside[kind[home], level, unit_of[level, home]] = 0
 
 
 @kernel
