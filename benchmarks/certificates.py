@@ -7,21 +7,19 @@ generation over equal units are checked again by `benchmarks.recheck`. Writes a 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
-import joblib
 import numpy as np
 
-from benchmarks import instances
-from benchmarks.quality import CACHE
+from benchmarks import instances, pages
 from benchmarks.recheck import confirmed
 from placer import Budget, Problem, Topology, Trace, certify, solve
 from placer.certificate import LayerBound
 from placer.clock import Clock
-from placer.errors import PlacerError
-from placer.files import write_atomically
 
 PAGE = """\
 # Certificates
@@ -35,8 +33,6 @@ of those that it gets through with (the tests check all kinds on small cases).
 | case | tokens x layers | target | proved optimal | gap | seconds | better | checked |
 | --- | --- | --- | --- | --- | --- | --- | --- |
 """
-
-ROOT = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +134,6 @@ CASES = (
     ),
 )
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
-
 
 def certified(case: Case, trace: Trace, layer: int, jobs: int) -> tuple[LayerBound, float, bool | None]:
     """The bound of one layer, its wall seconds, and whether it was confirmed (None: not checked)."""
@@ -181,8 +175,8 @@ def certified(case: Case, trace: Trace, layer: int, jobs: int) -> tuple[LayerBou
     )
 
 
-def row(case: Case, trace: Trace, jobs: int) -> str:
-    """One row of the page's table."""
+def rows(case: Case, trace: Trace, jobs: int) -> Iterator[tuple[str, ...]]:
+    """Cells of the one row of a case, after its name."""
     layers = range(trace.num_layers) if case.layers is None else case.layers
     done = []
     for layer in layers:
@@ -195,8 +189,7 @@ def row(case: Case, trace: Trace, jobs: int) -> str:
     checked = [good for _, _, good in done if good is not None]
     proved = sum(bound.bound >= bound.best for bound, _, _ in done)
     better = sum(bound.best < bound.touched for bound, _, _ in done)
-    cells = (
-        case.name,
+    yield (
         f"{trace.num_tokens:,} x {len(done)}",
         case.target,
         f"{proved} of {len(done)}",
@@ -205,32 +198,13 @@ def row(case: Case, trace: Trace, jobs: int) -> str:
         str(better),
         f"{sum(checked)} of {len(checked)}" if checked else "-",
     )
-    return "| " + " | ".join(cells) + " |"
 
 
 @click.command()
-@click.option("--traces", type=_FOLDER, envvar="PLACER_TRACES", help="Folder of the recorded traces.")
-@click.option("--cache", type=_FOLDER, default=CACHE, show_default=True, help="Folder of synthetic ones.")
-@click.option("--case", "wanted", multiple=True, help="Only cases whose name contains this; may repeat.")
-@click.option("--jobs", type=int, default=joblib.cpu_count(), help="Threads.")
-@click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=ROOT / "CERTIFICATES.md"
-)
-def main(traces: Path | None, cache: Path, wanted: tuple[str, ...], jobs: int, output: Path) -> None:
+@pages.options(Path(__file__).with_name("CERTIFICATES.md"))
+def main(**given: Any) -> None:
     """Certify every case and write the page."""
-    lines = [*PAGE.format(jobs=jobs).splitlines()]
-    for case in CASES:
-        if wanted and not any(part in case.name for part in wanted):
-            continue
-        try:
-            trace = instances.trace(case.source, traces, cache)
-        except PlacerError as error:
-            click.echo(f"{case.name}: skipped: {error}", err=True)
-            continue
-        lines.append(row(case, trace, jobs))
-        click.echo(lines[-1])
-        text = "\n".join(lines) + "\n"
-        write_atomically(output, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+    pages.write(PAGE, CASES, rows, **given)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from placer.allotment import shared_out as shared_out
     from placer.background import Background as Background
     from placer.certificate import Certificate as Certificate
     from placer.certificate import certify as certify
     from placer.comparison import compare as compare
+    from placer.constraints import Constraints as Constraints
     from placer.errors import PlacerError as PlacerError
     from placer.evaluation import evaluate as evaluate
     from placer.model import Model as Model
@@ -38,6 +40,7 @@ _HOME = {
     "Background": "background",
     "Budget": "result",
     "Certificate": "certificate",
+    "Constraints": "constraints",
     "Level": "topology",
     "Model": "model",
     "Placement": "placement",
@@ -53,6 +56,7 @@ _HOME = {
     "compare": "comparison",
     "evaluate": "evaluation",
     "rebalance_experts": "rebalance",
+    "shared_out": "allotment",
     "solve": "solution",
     "synth": "synthetic",
 }

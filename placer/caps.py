@@ -19,7 +19,8 @@ TOLERANCE = 0.02
 def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
     """Cap of every level: ``max(factor * mean, load of the reference arrangement)``.
 
-    The reference meets all levels together, so the caps are jointly feasible (see `least_load`).
+    The reference meets all levels together, so the caps are jointly feasible (see `least_load`). Units that rules keep
+    empty do not count in the mean.
 
     Parameters
     ----------
@@ -38,6 +39,8 @@ def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
     for level, slots in enumerate(layer.unit_slots):
         if slots < layer.num_slots:
             mean = total * slots / layer.num_slots
+            if layer.rules is not None:
+                mean /= layer.rules.share_open(slots)
             limits[level] = max(factor * mean, float(layer.least_load[level]))
     return limits
 
@@ -53,8 +56,8 @@ def least_load(layer: Layer) -> npt.NDArray[np.float64]:
     from placer.clock import Clock
     from placer.solvers import eplb
 
-    copied = layer.even_load(eplb.place(layer, rng=np.random.default_rng(0), clock=Clock.start()).slots)
-    reached = np.array([copied.reshape(-1, slots).sum(axis=1).max() for slots in layer.unit_slots])
+    slots = eplb.place(layer, rng=np.random.default_rng(0), clock=Clock.start()).slots
+    reached: npt.NDArray[np.float64] = layer.expected_load(slots).max(axis=1)
     return reached if reached[0] < alone[0] else alone
 
 

@@ -1,15 +1,15 @@
 """Copies: experts on several servers, so that fewer tokens leave theirs and no unit is overloaded.
 
 Idea: what servers hold is annealed as a whole: swaps of two experts, and other experts in slots that are empty or
-hold a copy. The cost is exact for the dispatch rule, touched servers other than the home's, plus a penalty for load
-above the caps. Copies share load evenly in the search, or under ``cover`` as its kernel counts them; there the cap is
-adapted at the end of a run to what the rule really does. Each server's experts are then arranged on its GPUs by tabu
-search. Runs get longer from one to the next, and each starts hot.
+hold a copy. The cost is exact for the dispatch rule, touched servers other than the home's, plus penalties: for load
+above the caps, and for the variance of a server's load on unseen tokens, estimated from parts of the trace, because
+experts that are used together are hot together. Copies share load evenly in the search, or under ``cover`` as its
+kernel counts them, put right from chunk to chunk by what the rule really does. Each server's experts are then arranged
+on its GPUs (`placer.gpus`). Runs get longer from one to the next, and each starts hot.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 
@@ -17,23 +17,25 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.clock import Clock
+from placer.gpus import on_gpus, part_loads
 from placer.layer import Floats, Ints, Layer
-from placer.search import descend
 
 Slots = npt.NDArray[np.int32]
 
 SAMPLE = 3_000  # distinct expert sets that the hot part of a run sees
-CHUNKS, FINAL = 12, 5  # parts of a run, and those of them at its end that see all tokens
+CHUNKS, FINAL = 12, 3  # parts of a run, and those of them at its end that see all tokens
 MOVES = 12  # proposals of a chunk in the first run, for each slot
 RUNS, LONGER = 4, 8  # runs at most, unless rounds are asked for, and how much longer each is than the last
 FITTING = 0.8  # of the time left may be taken by a run, by what the last one took
-HOT, COLD = 2e-2, 3e-4  # temperatures: touched units, as a share of the tokens
+HOT, COLD = 0.12, 2.4e-3  # temperatures: touched units, as a share of the tokens of a mean expert
 CHOICE = 4  # moves drawn at a time, of which the best by pairs is tried
 PENALTY, STEEPER, FLATTER = 1.0, 1.5, 1.2  # touched units for a token above a cap, and how that is adapted
 STEEPEST, FLATTEST = 3.0, 0.3
+HEADROOM = 0.01  # over the mean, at least, that a cap is taken to leave
+LIGHT = 0.1  # quantile of the load of experts that are put beside a hot one
+BIASED = 4  # chunks after which load is put right under `cover`
 REPAIRS = 6  # chunks at the end, at most, that bring load below the cap
 WITHIN = 0.999  # of the cap, which the search aims at
-ABOVE = 1.01  # and no less than this times the mean, near which nothing can be moved
 
 
 def suits(layer: Layer) -> bool:
@@ -88,60 +90,101 @@ def _annealed(
     layer: Layer, small: Layer, start: Ints, moves: int, rng: np.random.Generator, clock: Clock
 ) -> Ints | None:
     """What servers hold after one run; None where the clock ran out."""
-    content, width = start.copy(), start.shape[1]
-    level, limits = layer.unit_slots.index(width), layer.caps
-    mean = float(layer.load.sum()) / len(content)
-    aim, least = WITHIN * limits[level], min(WITHIN * limits[level], mean * ABOVE)
-    penalty, over = PENALTY, 0.0
+    content = _shared(layer, start)
+    level = layer.unit_slots.index(start.shape[1])
+    loads, penalty, bias = _loads(layer), PENALTY, np.zeros(len(content))
     for chunk in range(CHUNKS + REPAIRS):
         if clock.expired:
             return None
-        if chunk >= CHUNKS and over == 0:
-            break
         seen = small if chunk < CHUNKS - FINAL else layer
         hot, cold = (HOT * (COLD / HOT) ** (min(x, CHUNKS) / CHUNKS) for x in (chunk, chunk + 1))
         draws = rng.random((moves, 2 + 2 * CHOICE))
-        over = _anneal(layer, seen, content, (aim, limits[0]), penalty, (hot, cold), draws)
-        if chunk >= CHUNKS - 1 and layer.rule == "cover":  # whose loads the search knows approximately
-            busiest = float(layer.counts(_dealt(layer, content)).load[level].max())
-            over = max(0.0, busiest - limits[level])
-            aim = max(aim * min(1.0, limits[level] / busiest), least)
-        penalty = min(penalty * STEEPER, STEEPEST) if over > 0 else max(penalty / FLATTER, FLATTEST)
+        over, crowd, load = _anneal(layer, seen, content, loads, bias, penalty, (hot, cold), draws)
+        last = chunk >= CHUNKS - 1
+        if layer.rule == "cover" and (last or (seen is small and chunk >= BIASED)):
+            true = seen.counts(_dealt(layer, content)).load[level][: len(content)]
+            bias = (true - load) * (layer.load.sum() / seen.load.sum())
+            over = float(np.maximum(true - layer.caps[level], 0.0).sum()) if last else over
+        if last and over + crowd == 0:
+            break
+        penalty = min(penalty * STEEPER, STEEPEST) if over + crowd > 0 else max(penalty / FLATTER, FLATTEST)
     return content
+
+
+def _shared(layer: Layer, start: Ints) -> Ints:
+    """The start, and in empty slots copies of experts that are too hot for a GPU: no single move gains by these."""
+    content = start.copy()
+    number = np.bincount(content[content >= 0], minlength=layer.num_experts)
+    beside = (layer.slots_per_rank - 1) * float(np.quantile(layer.load, LIGHT))
+    limit = float(layer.caps[0]) - beside
+    while (layer.load / number).max() > limit:
+        expert = int((layer.load / number).argmax())
+        load = np.where(content >= 0, (layer.load / number)[content], 0.0).sum(axis=1)
+        full = (content >= 0).all(axis=1) | (content == expert).any(axis=1)
+        if full.all():
+            break
+        unit = int(np.where(full, np.inf, load).argmin())
+        content[unit, int((content[unit] < 0).argmax())] = expert
+        number[expert] += 1
+    return content
+
+
+def _loads(layer: Layer) -> Floats:
+    """Load of every expert, and under a cap that in parts of the trace, (num_experts, 1 + parts)."""
+    parts = np.zeros((0, layer.num_experts)) if layer.max_load is None else part_loads(layer)
+    return np.ascontiguousarray(np.vstack([layer.load, parts]).T)
+
+
+def _price_of_unevenness(layer: Layer, units: int, parts: int) -> float:
+    """Touched units for a squared token of the parts' loads.
+
+    Unseen load varies by twice the variance of the mean of parts: once as they were fitted, once as they are scored.
+    Its price rises with its deviation, up to that of a token above the cap where the deviation is as large as the
+    headroom that the cap leaves.
+    """
+    if layer.max_load is None or parts < 2:
+        return 0.0
+    mean = float(layer.load.sum()) / units
+    variance = 2.0 / (parts * (parts - 1))
+    return 0.5 * PENALTY * variance / (max(HEADROOM, layer.max_load - 1.0) * mean)
 
 
 def _anneal(
     layer: Layer,
     seen: Layer,
     content: Ints,
-    caps_of: tuple[float, float],
+    loads: Floats,
+    bias: Floats,
     penalty: float,
     heat: tuple[float, float],
     draws: Floats,
-) -> float:
-    """One chunk of a run, on the tokens of `seen`: the load above the cap that is left.
+) -> tuple[float, float, Floats]:
+    """One chunk of a run, on the tokens of `seen`: load above the caps of units and GPUs that is left, that of units.
 
-    `caps_of` are those of a unit and of one copy; `heat` are temperatures per token.
+    `bias` is added to the load of units; `heat` are temperatures, in tokens of a mean expert.
     """
     from placer.search.copies import RULES, anneal_copies
 
-    share = float(seen.load.sum()) / max(1.0, float(layer.load.sum()))
-    tokens = len(seen.tokens)
-    _, over = anneal_copies(
+    seen_load, width = float(seen.load.sum()), content.shape[1]
+    share = seen_load / float(layer.load.sum())
+    _, over, crowd, load = anneal_copies(
         RULES["nearest" if layer.rule == "table" else layer.rule],
         content,
         *seen.distinct,
         *seen.uses,
         layer.pairs[: layer.num_experts, : layer.num_experts].astype(np.float64),
-        layer.load * share,
-        caps_of[0] * share,
-        caps_of[1] * share,
+        loads * share,
+        bias * share,
+        WITHIN * float(layer.caps[layer.unit_slots.index(width)]) * share,
+        width // layer.slots_per_rank,
+        WITHIN * float(layer.caps[0]) * share,
         penalty,
-        heat[0] * tokens,
-        heat[1] * tokens,
+        _price_of_unevenness(layer, len(content), loads.shape[1] - 1) / share,
+        heat[0] * seen_load / layer.num_experts,
+        heat[1] * seen_load / layer.num_experts,
         draws,
     )
-    return float(over)
+    return float(over), float(crowd), load
 
 
 def _dealt(layer: Layer, content: Ints) -> Slots:
@@ -155,42 +198,7 @@ def _dealt(layer: Layer, content: Ints) -> Slots:
 
 
 def _on_gpus(layer: Layer, small: Layer, content: Ints, rng: np.random.Generator) -> Slots:
-    """Slots from what servers hold: each server's experts on its GPUs, within the caps and for few touched ones."""
-    ranks = content.shape[1] // layer.slots_per_rank
-    if ranks == 1:
+    """Slots from what servers hold: each server's experts on its GPUs."""
+    if content.shape[1] == layer.slots_per_rank:
         return _dealt(layer, content)
-    rows = [_arranged(layer, small, row, content, ranks, rng) for row in content]
-    return np.concatenate(rows).astype(np.int32)
-
-
-def _arranged(
-    layer: Layer, small: Layer, row: Ints, content: Ints, ranks: int, rng: np.random.Generator
-) -> Slots:
-    members = row[row >= 0]
-    if len(members) == 0:
-        return np.full(len(row), -1, np.int32)
-    number = np.bincount(content[content >= 0], minlength=layer.num_experts)
-    place = np.full(layer.num_experts + 1, -1, np.int32)  # the last one is for -1
-    place[members] = np.arange(len(members))
-    topk = place[small.tokens]
-    topk = topk[(topk >= 0).sum(axis=1) > 1]
-    heat = (layer.load[members] / number[members]).round().astype(np.int64)
-    mean = heat.sum() / ranks
-    limit = float(layer.caps[0])
-    part = Layer(
-        index=layer.index,
-        num_experts=len(members),
-        num_ranks=ranks,
-        slots_per_rank=layer.slots_per_rank,
-        unit_ranks=(1,),
-        seconds=layer.seconds[:1],
-        server_ranks=1,
-        rule="nearest",
-        max_load=max(1.0, limit / mean) if mean and math.isfinite(limit) else None,
-        margin=0.0,
-        load=heat,
-        topk=topk,
-    )
-    arranged, _ = descend(part, part.reference, exact=True, steps=200, patience=50, rng=rng)
-    local = part.slots(arranged)
-    return np.where(local >= 0, members[np.maximum(local, 0)], -1).astype(np.int32)
+    return on_gpus(layer, small, content, rng)

@@ -37,7 +37,7 @@ class Targets:
     """The ranks that may serve each expert, by home; each with equal chance.
 
     Under the rule "cover", an expert without a copy in the home's server is served where
-    `placer.search.counting.plan_cover` says, out of these.
+    `placer.search.covering.plan_cover` says, out of these.
 
     Parameters
     ----------
@@ -142,7 +142,8 @@ def incidence(
         if not aimed.cover:
             expect_counts(topk, aimed.candidates, aimed.number, *_kinds(aimed), size, touched, remote)
             picks = np.bincount(topk[topk >= 0], minlength=aimed.number.shape[1])
-            return Incidence(touched=touched, remote=remote, load=_shared(picks, aimed, size))
+            load = shared_load(picks, aimed, num_ranks=num_ranks, unit_ranks=unit_ranks)
+            return Incidence(touched=touched, remote=remote, load=load)
         pairs = np.zeros((3, num_ranks, unit_ranks[server]))
         ports = np.zeros((3, len(size), num_ranks))
         everywhere = np.zeros(0, np.int32)
@@ -159,13 +160,18 @@ def incidence(
     )
 
 
-def _shared(picks: npt.NDArray[np.int64], aimed: Targets, size: npt.NDArray[np.int64]) -> Floats:
-    """Choices served in each unit, (num_levels, num_ranks), homes uniform, from those of each expert."""
-    ranks, _, most = aimed.candidates.shape
+def shared_load(
+    picks: npt.NDArray[np.int64], aimed: Targets, *, num_ranks: int, unit_ranks: tuple[int, ...]
+) -> Floats:
+    """Choices served in each unit, (num_levels, num_ranks), homes uniform, from those of each expert.
+
+    Exact where the copies taken do not depend on a token's other experts: under all rules but "cover".
+    """
+    homes, _, most = aimed.candidates.shape
     counts = np.arange(most) < aimed.number[:, :, None]
-    share = np.where(counts, picks[None, :, None] / (ranks * aimed.number[:, :, None]), 0.0)
-    by_rank = np.bincount(aimed.candidates[counts], share[counts], minlength=ranks).astype(np.float64)
-    return loads(by_rank, np.arange(ranks)[None, :] // size[:, None], ranks)
+    share = np.where(counts, picks[None, :, None] / (homes * aimed.number[:, :, None]), 0.0)
+    by_rank = np.bincount(aimed.candidates[counts], share[counts], minlength=num_ranks).astype(np.float64)
+    return loads(by_rank, np.arange(num_ranks)[None, :] // np.array(unit_ranks)[:, None], num_ranks)
 
 
 def _kinds(aimed: Targets) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

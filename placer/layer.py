@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from placer.errors import InvalidInput
-from placer.incidence import Incidence, incidence, targets
+from placer.incidence import Incidence, Targets, incidence, shared_load, targets
+from placer.rules import Rules
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -60,6 +61,8 @@ class Layer:
         Gate groups of consecutive experts.
     copies : bool
         Whether spare slots are to hold copies: these can share a hot expert's load, so that caps need be raised less.
+    rules : Rules or None
+        Where experts may stand; None for anywhere. Units are then no longer alike.
     """
 
     index: int
@@ -78,6 +81,7 @@ class Layer:
     key: npt.NDArray[np.uint64] | None = None
     num_groups: int = 1
     copies: bool = False
+    rules: Rules | None = None
 
     @property
     def num_slots(self) -> int:
@@ -216,44 +220,47 @@ class Layer:
     def score(self, slots: Occupant, table: Occupant | None = None) -> tuple[float, float]:
         """(load above the caps in tokens, seconds of all tokens) of a slot array, copies included: least is best.
 
-        `table` is that of the dispatch rule "table". With counts only, copies share an expert's load evenly and the
+        `table` is that of the dispatch rule "table". With counts only, the load is `expected_load` and the
         seconds are 0.
         """
         return self.judge(slots, table)[:2]
 
     def judge(self, slots: Occupant, table: Occupant | None = None) -> tuple[float, float, float]:
         """`score`, and load over mean of the busiest unit at the worst level that placement can change, or 1."""
-        if self.topk is not None:
+        seconds, load = 0.0, self.expected_load(slots) if self.topk is None else None
+        if load is None:
             counts = self.counts(slots, table)
-            loads = [
-                row[: self.num_slots // width]
-                for row, width in zip(counts.load, self.unit_slots, strict=True)
-            ]
-            seconds = float(counts.remote.sum(axis=1) @ np.array(self.seconds))
-        else:
-            loads = [self.even_load(slots).reshape(-1, width).sum(axis=1) for width in self.unit_slots]
-            seconds = 0.0
-        over = sum(
-            float(np.maximum(load - cap, 0.0).sum()) for load, cap in zip(loads, self.caps, strict=True)
-        )
+            seconds, load = float(counts.remote.sum(axis=1) @ np.array(self.seconds)), counts.load
+        loads = [row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)]
+        over = sum(float(np.maximum(row - cap, 0.0).sum()) for row, cap in zip(loads, self.caps, strict=True))
         swappable = [loads[level] for level in self.levels if loads[level].any()]
         heat = max((float(load.max() / load.mean()) for load in swappable), default=1.0)
         return round(over, 6), seconds, heat
 
     def counts(self, slots: Occupant, table: Occupant | None = None) -> Incidence:
         """Tokens against units for a slot array, copies included."""
-        aimed = targets(
+        aimed, server = self._aimed(slots, self.rule, table), self.unit_ranks.index(self.server_ranks)
+        return incidence(
+            self.tokens, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks, server=server
+        )
+
+    def expected_load(self, slots: Occupant) -> Floats:
+        """Load of every unit, tokens, (num_levels, num_ranks), for a slot array, from the load of experts alone.
+
+        Exact under the rules "nearest" and "spread"; under others copies are taken to share an expert's load evenly.
+        """
+        aimed = self._aimed(slots, "nearest" if self.rule == "nearest" else "spread")
+        return shared_load(self.load, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks)
+
+    def _aimed(self, slots: Occupant, rule: str, table: Occupant | None = None) -> Targets:
+        return targets(
             slots,
             num_experts=self.num_experts,
             num_ranks=self.num_ranks,
             unit_ranks=self.unit_ranks,
             server_ranks=self.server_ranks,
-            rule=self.rule,
+            rule=rule,
             table=table,
-        )
-        server = self.unit_ranks.index(self.server_ranks)
-        return incidence(
-            self.tokens, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks, server=server
         )
 
     def cost(self, occupant: Occupant) -> float:
@@ -275,12 +282,6 @@ class Layer:
         heat: Floats = self.expert_load[occupant].reshape(-1, slots).sum(axis=1)
         return heat
 
-    def even_load(self, slots: Occupant) -> Floats:
-        """Load of every slot of a slot array, tokens, copies sharing an expert's evenly."""
-        copies = np.maximum(np.bincount(slots[slots >= 0], minlength=self.num_experts), 1)
-        share: Floats = np.where(slots >= 0, (self.load / copies)[slots], 0.0)
-        return share
-
     @property
     def tokens(self) -> Experts:
         """`topk`, or an error in one line when only counts are known."""
@@ -292,11 +293,13 @@ class Layer:
 
     @cached_property
     def reference(self) -> Occupant:
-        """The load-only arrangement that meets all levels together (see `placer.search.balance`)."""
-        from placer.search.balance import balanced
+        """The load-only arrangement that meets all levels together (see `placer.search.balance`), and the rules."""
+        from placer.search.balance import balanced, levelled
 
         sizes = self.sizes if len(self.sizes) else np.array([1], np.int64)
         arranged: Occupant = balanced(self.expert_load, sizes)
+        if self.rules is not None:
+            arranged = levelled(self.repaired(arranged), self.expert_load, sizes, self.rules.compiled)
         return arranged
 
     @cached_property
@@ -326,6 +329,12 @@ class Layer:
         position[occupant] = np.arange(len(occupant), dtype=np.int32)
         return position
 
+    def repaired(self, occupant: Occupant, rng: np.random.Generator | None = None) -> Occupant:
+        """The occupant array, after few swaps where it breaks the `rules`."""
+        if self.rules is None or self.rules.keeps(occupant):
+            return occupant
+        return self.rules.repaired(occupant, np.random.default_rng(0) if rng is None else rng)
+
     def linear(self) -> Occupant:
         """Experts in order, spread evenly over the ranks, placeholders last within each rank."""
         held = np.full(self.num_ranks, self.num_experts // self.num_ranks)
@@ -344,10 +353,11 @@ class Layer:
         """The slot array of an occupant array, in its canonical order.
 
         Experts ascend within a rank, -1 last; units that could change places (ranks of a server, servers of a
-        rack, ...) stand in the order of their first experts.
+        rack, ...) stand in the order of their first experts. Under rules no unit can.
         """
         ordered = np.sort(occupant.reshape(self.num_ranks, -1), axis=1)
-        for slots, parent in itertools.pairwise((*self.unit_slots, self.num_slots)):
+        alike = (*self.unit_slots, self.num_slots) if self.rules is None else ()
+        for slots, parent in itertools.pairwise(alike):
             siblings = ordered.reshape(-1, parent // slots, slots)
             order = np.argsort(siblings.min(axis=2), axis=1, kind="stable")
             ordered = np.take_along_axis(siblings, order[:, :, None], axis=1)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from placer.constraints import Constraints
 from placer.errors import Infeasible, InvalidInput
 from placer.layer import Experts, Layer
 from placer.memory import Memory
 from placer.model import Model
 from placer.placement import REPLICA_CHOICES
+from placer.rules import Rules
+from placer.seating import seated
 from placer.topology import Topology
 from placer.trace import Trace
 from placer.traffic import Routes, Traffic
@@ -52,13 +56,15 @@ class Problem:
         Bytes of each GPU kept for everything but experts.
     expert_dtype : str or None
         Storage of expert weights; None for the model's own.
+    constraints : Constraints or None
+        Experts pinned to units or kept apart, and slots kept empty.
 
     Raises
     ------
     InvalidInput
         When a value is out of range.
     Infeasible
-        When there are fewer slots than experts, or the experts do not fit into memory.
+        When there are fewer slots than experts, the experts do not fit into memory, or the constraints cannot be kept.
 
     Examples
     --------
@@ -82,6 +88,7 @@ class Problem:
     gpu_memory: float | tuple[float, ...]
     reserve: float = DEFAULT_RESERVE
     expert_dtype: str | None = None
+    constraints: Constraints | None = None
 
     @classmethod
     def from_trace(
@@ -98,6 +105,7 @@ class Problem:
         gpu_memory: float | tuple[float, ...] | None = None,
         reserve: float = DEFAULT_RESERVE,
         expert_dtype: str | None = None,
+        constraints: Constraints | None = None,
     ) -> Problem:
         """The problem of a trace; `redundant` slots over all ranks, or `slots_per_gpu`, or none to spare."""
         # Before the tokens are counted, which takes seconds on a large trace.
@@ -116,6 +124,7 @@ class Problem:
             gpu_memory=(topology.gpu_memories or topology.gpu_memory) if gpu_memory is None else gpu_memory,
             reserve=reserve,
             expert_dtype=expert_dtype,
+            constraints=constraints,
         )
 
     def __post_init__(self) -> None:
@@ -163,6 +172,20 @@ class Problem:
             )
         if self.memory is not None:
             self.memory.require_any(self.num_experts, self.slots_per_rank)
+        _ = self.rules  # raises where they cannot be kept
+
+    @cached_property
+    def rules(self) -> tuple[Rules | None, ...]:
+        """The constraints of every layer; None for each without any."""
+        if self.constraints is None:
+            return (None,) * self.num_layers
+        return seated(
+            self.constraints,
+            layer_ids=self.layer_ids,
+            num_experts=self.num_experts,
+            shape=self.topology.shape,
+            slots_per_rank=self.slots_per_rank,
+        )
 
     @property
     def memory(self) -> Memory | None:
@@ -231,6 +254,7 @@ class Problem:
             topk=topk,
             key=None if self.routes is None else self.routes.key,
             num_groups=self.num_groups,
+            rules=self.rules[index],
         )
 
 

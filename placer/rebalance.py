@@ -221,6 +221,35 @@ def hottest(slots: Ids, load: npt.ArrayLike, num_gpus: int) -> Fraction:
     return max(sum((share[e] for e in gpu), Fraction(0)) for gpu in slots.reshape(num_gpus, -1).tolist())
 
 
+def policy(
+    num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[int, int]:
+    """Groups and nodes that EPLB goes by: those given, where nodes divide groups, and otherwise one of each.
+
+    Raises
+    ------
+    InvalidInput
+        When counts do not divide or there are fewer replicas than experts.
+
+    Examples
+    --------
+    >>> policy(12, 16, num_groups=4, num_nodes=2, num_gpus=8), policy(12, 16, num_groups=3, num_nodes=2, num_gpus=8)
+    ((4, 2), (1, 1))
+    """
+    if num_groups % num_nodes:
+        num_groups = num_nodes = 1
+    for what, whole, by, part in (
+        ("experts", num_experts, "groups", num_groups),
+        ("GPUs", num_gpus, "nodes", num_nodes),
+        ("replicas", num_replicas, "GPUs", num_gpus),
+    ):
+        if whole % part:
+            raise InvalidInput(f"{what}: found {whole}, expected a multiple of the {part} {by}")
+    if num_replicas < num_experts:
+        raise InvalidInput(f"replicas: found {num_replicas}, expected at least the {num_experts} experts")
+    return num_groups, num_nodes
+
+
 def _loads(weight: npt.ArrayLike) -> npt.NDArray[np.float64]:
     try:
         table = np.ascontiguousarray(np.asarray(weight), np.float64)
@@ -253,17 +282,7 @@ def _counts(
         if given[what] < 1:
             raise InvalidInput(f"{what}: found {count}, expected at least 1")
     replicas, groups, nodes, gpus = given.values()
-    if groups % nodes:
-        groups = nodes = 1
-    for what, whole, by, part in (
-        ("experts", num_experts, "groups", groups),
-        ("GPUs", gpus, "nodes", nodes),
-        ("replicas", replicas, "GPUs", gpus),
-    ):
-        if whole % part:
-            raise InvalidInput(f"{what}: found {whole}, expected a multiple of the {part} {by}")
-    if replicas < num_experts:
-        raise InvalidInput(f"replicas: found {replicas}, expected at least the {num_experts} experts")
+    groups, nodes = policy(num_experts, replicas, groups, nodes, gpus)
     if replicas // gpus > num_experts // nodes:
         raise InvalidInput(
             f"replicas: found {replicas}, {replicas // gpus} a GPU, "

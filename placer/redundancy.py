@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from placer.errors import InvalidInput
-from placer.evaluation import evaluate
 from placer.problem import Problem
 from placer.report import Report, format_seconds
 from placer.result import Budget, Result
-from placer.solution import solve
 from placer.solvers import method as load_method
 from placer.trace import Trace
+from placer.variants import solved
 
 #: Slots a GPU beyond just enough that are tried. Doubling: the first copies of the hottest experts buy the most.
 MORE = (0, 1, 2, 4)
@@ -119,16 +118,15 @@ def redundancy(
     tried = sorted(set(candidates(problem, method) if slots is None else slots))
     if not tried:
         raise InvalidInput("redundancy: found no number of slots, expected at least one")
-    whole = budget or Budget()
-    share = replace(whole, seconds=None if whole.seconds is None else whole.seconds / len(tried))
+    variants = [{"slots_per_rank": number} for number in tried]
+    found = solved(
+        problem, variants, trace, method, budget=budget, evaluation=evaluation, stop=stop, **options
+    )
     trials: list[Trial] = []
-    for number in tried:
-        if trials and stop is not None and stop.is_set():
-            break
-        posed = replace(problem, slots_per_rank=number)
-        result = solve(posed, method, budget=share, stop=stop, **options)
-        report = evaluate(result.placement, trace, problem.topology, **(evaluation or {}))
+    for number, (result, report) in zip(tried, found, strict=True):
         trials.append(Trial(slots_per_rank=number, result=result, report=report))
+        if stop is not None and stop.is_set():
+            break
     return trials
 
 

@@ -21,7 +21,8 @@ from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
 from placer.problem import Problem
 from placer.result import Budget, Event, Result
-from placer.solvers import Method, Placed, linear, method
+from placer.rules import Rules
+from placer.solvers import Method, Placed, handling, linear, method
 from placer.tables import judged
 
 Slots = npt.NDArray[np.int32]
@@ -73,7 +74,7 @@ def solve(
     Raises
     ------
     InvalidInput
-        When the method is unknown or needs statistics that the problem lacks.
+        When the method is unknown, needs statistics that the problem lacks, or cannot keep its constraints.
     Infeasible
         When the copies that the method made do not fit into memory.
     NoPlacement
@@ -163,7 +164,11 @@ def with_margin(problem: Problem, *, clock: Clock | None = None, jobs: int = 1) 
 
 
 def baseline_placement(problem: Problem) -> Placement:
-    """Contiguous experts, with copies in the spare slots where memory allows: what results are compared to."""
+    """Contiguous experts, with copies in the spare slots where memory allows: what results are compared to.
+
+    Constraints are not kept.
+    """
+    problem = replace(problem, constraints=None)
     try:
         return solve(problem, "linear").placement
     except Infeasible:
@@ -191,7 +196,8 @@ class _Done:
 
 def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None) -> _Done:
     rng = np.random.default_rng([seed, layer.index])
-    layer = replace(layer, copies="copies" in method(name).handles)
+    copies = "copies" in method(name).handles and layer.rules is None
+    layer = replace(layer, copies=copies)
     placed = method(name).place(layer, rng=rng, clock=clock, initial=initial)
     (excess, cost, heat), table = judged(layer, placed.slots, placed.table)
     if placed.claim is not None and not math.isclose(placed.claim, cost, rel_tol=1e-9, abs_tol=1e-18):
@@ -202,7 +208,7 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
         raise PlacerError(
             f"layer {layer.index}: method {name} proves {placed.bound!r}, above the cost {cost!r}"
         )
-    if initial is not None:
+    if initial is not None and (layer.rules is None or layer.rules.keeps(initial)):
         (less, cheaper, cooler), its = judged(layer, initial)
         if (less, cheaper) < (excess, cost):
             placed, table, cost, heat = replace(placed, slots=initial), its, cheaper, cooler
@@ -224,6 +230,8 @@ def _usable(problem: Problem, name: str) -> Method:
         raise InvalidInput(
             f"method {name} needs {', '.join(sorted(missing))}; the input has only {', '.join(sorted(has))}"
         )
+    if problem.constraints is not None and "pins" not in chosen.handles:
+        raise InvalidInput(f"method {name} keeps no constraints; {', '.join(handling('pins'))} do")
     return chosen
 
 
@@ -258,9 +266,22 @@ def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> 
         key=None if problem.routes is None else np.arange(experts, dtype=np.uint64),
         num_groups=1,
         copies="copies" in chosen.handles,
+        rules=None
+        if problem.constraints is None
+        else _toy_rules(experts * (3 if spare else 2) // 2, experts),
     )
     placed = chosen.place(toy, rng=np.random.default_rng(0), clock=Clock.start(rounds=1, stop=stop))
     judged(toy, placed.slots, placed.table)
+
+
+def _toy_rules(positions: int, experts: int) -> Rules:
+    """The first two experts apart, and the first one on the last rank."""
+    low, high = np.zeros(positions, np.int32), np.full(positions, positions, np.int32)
+    shut = np.zeros(positions, bool)
+    low[0], high[0] = positions - positions * 2 // experts, positions
+    apart = (((0, 1), positions * 2 // experts),)
+    start = np.roll(np.arange(positions, dtype=np.int32), -1)
+    return Rules(num_experts=experts, low=low, high=high, shut=shut, apart=apart, start=start)
 
 
 def _compile_bounds() -> None:
@@ -352,6 +373,8 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         table=_table(problem, done),
         provenance=_provenance(problem, name, seed),
     )
+    if problem.constraints is not None and (broken := problem.constraints.check(placement)):
+        raise PlacerError(f"method {name} breaks a constraint: {broken[0]}")
     worst_gpu_bytes(
         placement,
         problem.model,
@@ -409,6 +432,7 @@ def _notes(done: list[_Done]) -> Iterator[str]:
 
 
 def _provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:
+    limits = {} if problem.constraints is None else {"constraints": problem.constraints.source}
     return {
         "placer": placer.__version__,
         "method": name,
@@ -418,4 +442,5 @@ def _provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:
         "tokens": problem.num_tokens,
         "max_load": problem.max_load,
         "load_margin": problem.load_margin,
+        **limits,
     }

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from placer.errors import InvalidInput
-from placer.evaluation import evaluate
 from placer.problem import Problem
 from placer.report import Report, format_seconds
 from placer.result import Budget, Result
-from placer.solution import solve
 from placer.trace import Trace
+from placer.variants import solved
 
 CAPS: tuple[float | None, ...] = (None, 1.25, 1.10, 1.05, 1.02)
 
@@ -74,15 +73,13 @@ def spectrum(
     """
     if not caps:
         raise InvalidInput("spectrum: found no load cap, expected at least one")
-    whole = budget or Budget()
-    share = replace(whole, seconds=None if whole.seconds is None else whole.seconds / len(caps))
+    variants = [{"max_load": cap} for cap in caps]
+    found = solved(problem, variants, trace, method, budget=budget, evaluation=evaluation, **options)
     points = []
     for cap in caps:
         if on_cap is not None:
             on_cap(cap)
-        posed = replace(problem, max_load=cap)
-        result = solve(posed, method, budget=share, **options)
-        report = evaluate(result.placement, trace, problem.topology, **(evaluation or {}))
+        result, report = next(found)
         points.append(Point(max_load=cap, result=result, report=report))
     return sorted(points, key=lambda point: point.report.seconds["step"])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import brute
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluation import VECTOR_BYTES, close, judged
+from test_evaluation import VECTOR_BYTES, close
 from test_links import Case, cases, check, machine_of
 
 from placer.alltoall import SCHEMES
@@ -23,7 +22,7 @@ from placer.incidence import incidence, targets
 from placer.model import Model
 from placer.placement import Placement
 from placer.report import Report
-from placer.search.counting import smallest_covers
+from placer.search.covering import smallest_covers
 from placer.topology import Topology
 from placer.trace import Trace
 
@@ -218,23 +217,3 @@ def test_the_report_says_that_picks_depend_on_each_other() -> None:
     said = priced([0, 1, 1, 0], [[0, 1]], (1, 2, 1)).assumptions
     assert any("fewest other servers" in line for line in said)
     assert not any("independently of a token's other experts" in line for line in said)
-
-
-# -- against samples from outside -------------------------------------------------------------------------------
-
-
-def test_cover_agrees_with_the_sampled_judge(shared: Path, tmp_path: Path) -> None:
-    """Its greedy search is exact for two experts a token; every copy on a server of its own."""
-    trace = Trace.load(shared / "traces" / "mixtral-8x7b-sample.npz").layers(slice(0, 4))
-    trace.save(tmp_path / "trace.npz")
-    slots = np.array([[0, 1, 2, 3, 4, 0, 4, 5, 2, 6, 7, 0]] * 4)
-    placement = Placement(
-        physical_to_logical=slots, num_experts=8, shape=(1, 4, 1), layer_ids=trace.layer_ids
-    )
-    placement.save(tmp_path / "placement.json")
-    expected = judged(shared, tmp_path / "placement.json", tmp_path / "trace.npz", "cover", "577")
-    found = evaluate(placement, trace, H100.with_shape("1x4x1"), replica_choice="cover")
-    assert found.remote["server"] == pytest.approx(expected["remote"]["server"], rel=0.01)
-    assert found.load["server"]["max_over_mean"] == pytest.approx(
-        expected["load"]["server"]["max_over_mean"], rel=0.02
-    )

@@ -126,7 +126,7 @@ def test_the_trials_share_the_time(posed: Problem, trace: Trace, monkeypatch: py
         budgets.append(budget)
         return solve(*arguments, budget=budget, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("placer.redundancy.solve", recorded)
+    monkeypatch.setattr("placer.variants.solve", recorded)
     redundancy(posed, trace, "linear", budget=Budget(seconds=30, rounds=2))
     redundancy(posed, trace, "linear", slots=(4,), budget=Budget(seconds=None, rounds=2))
     assert budgets == [Budget(seconds=10, rounds=2)] * 3 + [Budget(seconds=None, rounds=2)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from placer.cli import options
+from placer.cli import options, types
 from placer.cli.interrupt import EXIT_CODE, interruptible
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ Example:
 )
 @click.option(
     "--max-load",
-    type=options.MAX_LOAD,
+    type=types.MAX_LOAD,
     default="none",
     show_default=True,
     metavar="X|none",
@@ -45,7 +45,7 @@ Example:
 @options.time_limit("Wall seconds, for all layers together; a bound that is cut short is still valid.")
 @options.gap("Stop a layer at this gap.")
 @options.jobs
-@click.option("-o", "--output", type=options.Output(), help="Write the certificates (.npz), for a checker.")
+@click.option("-o", "--output", type=types.Output(), help="Write the certificates (.npz), for a checker.")
 @options.as_json
 @options.quiet
 @click.pass_context

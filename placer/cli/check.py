@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
 
-from placer.cli import options
+from placer.cli import options, types
+from placer.errors import GateFailed
 
 if TYPE_CHECKING:
+    from placer.constraints import Constraints
     from placer.model import Model
     from placer.placement import Placement
     from placer.topology import Topology
@@ -16,31 +19,39 @@ if TYPE_CHECKING:
 _EPILOG = """\b
 Example:
   placer check placement.json traces/tinymoe.npz
+  placer check placement.json --constraints pins.toml
 """
 
 
 @click.command(short_help="Check a placement file.", epilog=_EPILOG)
-@click.argument("placement", type=options.PlacementFile())
-@click.argument("trace", type=options.Input(), required=False)
+@click.argument("placement", type=types.PlacementFile())
+@click.argument("trace", type=types.Input(), required=False)
 @click.option(
     "-t",
     "--topology",
-    type=options.TOPOLOGY,
+    type=types.TOPOLOGY,
     metavar="NAME|FILE",
     help="Also check that a machine can have its shape, and its memory hold the experts.",
 )
 @click.option(
-    "--shape", type=options.Shape(), metavar="RxSxG", help="Also check that it is made for this shape."
+    "--shape", type=types.Shape(), metavar="RxSxG", help="Also check that it is made for this shape."
+)
+@options.constraints(
+    "Also check that it keeps the rules of 'placer solve --constraints'; exit with 5 when not."
 )
 @options.model
 @options.memory
 @options.as_json
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     *,
     placement: str,
     trace: str | None,
     topology: Topology | None,
     shape: tuple[int, int, int] | None,
+    constraints: Constraints | None,
     model: Model | None,
     gpu_memory: float | tuple[float, ...] | None,
     reserve: float,
@@ -67,6 +78,7 @@ def command(
     if routed is not None:
         check_match(placed, routed)
         model = model or Model.for_trace_name(routed.model, routed.num_experts)
+    broken = [] if constraints is None else constraints.check(placed)
     held = None
     if gpu_memory is not None and model is not None:
         held = worst_gpu_bytes(placed, model, capacity=gpu_memory, reserve=reserve, expert_dtype=expert_dtype)
@@ -85,9 +97,15 @@ def command(
         "dispatch": placed.rule,
         "worst_gpu_bytes": held,
         "duplicates": [{"layer": layer, "rank": rank, "expert": expert} for layer, rank, expert in twice],
+        "violations": None if constraints is None else [asdict(one) for one in broken],
         "digest": placed.digest,
     }
-    options.show(document, _text(placement, placed, trace, _memory(gpu_memory, held)), as_json)
+    text = _text(placement, placed, trace, _memory(gpu_memory, held))
+    if constraints is not None:
+        text += f"\n  {'constraints':12} {len(broken) or 'none'} broken, of {len(constraints.entries)}"
+    options.show(document, text, as_json)
+    for violation in broken:
+        click.echo(f"Error: {violation}", err=True)
     if twice:
         layer, rank, expert = twice[0]
         click.echo(
@@ -95,6 +113,8 @@ def command(
             f"the first: layer {placed.layer_ids[layer]}, rank {rank}, expert {expert}",
             err=True,
         )
+    if broken:
+        ctx.exit(GateFailed.exit_code)
 
 
 def _memory(capacity: float | tuple[float, ...] | None, held: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from placer.cli import options
+from placer.cli import options, types
 from placer.cli.interrupt import EXIT_CODE, interruptible
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Example:
 @click.option(
     "--method",
     "methods",
-    type=options.METHOD,
+    type=types.METHOD,
     multiple=True,
     metavar="NAME",
     show_default="all of them",
@@ -37,13 +37,13 @@ Example:
 )
 @click.option(
     "--holdout",
-    type=options.Number("a number above 0 and below 1", low=1e-9, high=1.0),
+    type=types.Number("a number above 0 and below 1", low=1e-9, high=1.0),
     default="0.5",
     show_default=True,
     metavar="F",
     help="Share of the sequences to hold out.",
 )
-@click.option("--test", type=options.Input(), help="Judge on this trace instead, and fit on all of TRACE.")
+@click.option("--test", type=types.Input(), help="Judge on this trace instead, and fit on all of TRACE.")
 @click.option(
     "--split-seed",
     type=click.IntRange(min=0),
@@ -63,7 +63,7 @@ Example:
 @click.option(
     "--max-load",
     "max_loads",
-    type=options.Numbers(options.MAX_LOAD),
+    type=types.Numbers(types.MAX_LOAD),
     default="1.05",
     show_default=True,
     metavar="X,Y,..",
@@ -73,7 +73,7 @@ Example:
 @click.option(
     "--redundant",
     "redundants",
-    type=options.Numbers(options.Count("numbers of spare slots, 0 or more, such as 0,8,16")),
+    type=types.Numbers(types.Count("numbers of spare slots, 0 or more, such as 0,8,16")),
     show_default="0",
     metavar="N,N,..",
     help="Spare slots a layer, over all GPUs; each number runs with every cap.",

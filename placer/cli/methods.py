@@ -16,7 +16,8 @@ _MORE = {"auto": " (routes where there are any)"}
 _LEGEND = """
 
 needs: load = tokens of each expert; pairs = tokens of each two experts; routes = the tokens themselves
-handles: caps = keeps --max-load; copies = fills spare slots; levels = weighs GPUs, servers and racks together"""
+handles: caps = keeps --max-load; copies = fills spare slots; levels = weighs GPUs, servers and racks together;
+         pins = keeps --constraints"""
 
 
 @click.command(short_help="List search methods.", epilog="\b\nExample:\n  placer methods")

@@ -22,6 +22,20 @@ _EPILOG = """\b
 Example:
   placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --max-load 1.05 -o placement.json
   placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --redundant auto --gpu-memory 40GB -o placement.json
+  placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --copies 48 --replica-choice cover -o placement.json
+  placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --constraints pins.toml -o placement.json
+
+\b
+where pins.toml holds any number of these (layers = [0, 1] narrows each to some layers; ids count from 0):
+  [[pin]]             # experts that stand on one unit
+  experts = [3, 17]
+  server = 0          # or gpu = 5, or rack = 1
+  [[apart]]           # experts no two of which share a unit
+  experts = [1, 2, 3]
+  level = "gpu"       # or "server", or "rack"
+  [[free]]            # GPUs kept empty; needs spare slots
+  gpus = [7]
+  slots = 1           # so many of each only
 """
 
 
@@ -57,6 +71,16 @@ Example:
     "share the time, and takes the fewest within 1 % of the least modelled step time.",
 )
 @options.slots_per_gpu
+@click.option(
+    "--copies",
+    type=options.Count("a number of 0 or more"),
+    metavar="N",
+    help="Copies over all layers, at most, shared out where they pay most; instead of --redundant. Several numbers of "
+    "slots a GPU are tried, which share the time.",
+)
+@options.constraints(
+    "A TOML file that says where experts may stand; an example is below. No copies are made then."
+)
 @options.replica_choice("nearest")
 @options.memory
 @options.search
@@ -90,6 +114,7 @@ def command(
     gap: float,
     seed: int,
     jobs: int | None,
+    copies: int | None,
     initial: str | None,
     prove: bool,
     log_file: Path | None,
@@ -105,6 +130,7 @@ def command(
     Columns of the log: it = rounds of search so far; H = the layer costs less than linear; objective = seconds per
     token on the links, layers done so far; load = busiest unit over mean.
     """
+    from placer import allotment
     from placer.cli.log import SearchLog, compilation_told
     from placer.comparison import against, deciding_level
     from placer.evaluation import evaluate
@@ -127,10 +153,14 @@ def command(
     spread, sparing = limits["max_load"] == "auto", limits["redundant"] == "auto"
     if spread:
         limits["max_load"] = None
-    if sparing:
+    if sparing or copies is not None:
         fixed = {"--max-load auto": spread, "--initial": initial, "--slots-per-gpu": limits["slots_per_gpu"]}
+        fixed["--constraints"] = limits["constraints"]
+        if copies is not None:
+            fixed["--redundant"] = limits["redundant"] is not None
         for name in (name for name, given in fixed.items() if given):
-            raise click.UsageError(f"--redundant auto and {name} exclude each other")
+            one = "--redundant auto" if copies is None else "--copies"
+            raise click.UsageError(f"{one} and {name} exclude each other")
         limits |= {"redundant": None, "slots_per_gpu": -(-routed.num_experts // machine.num_ranks)}
     log = SearchLog(quiet=quiet, file=log_file)
     problem = Problem.from_trace(routed, machine, model=model, **limits)
@@ -141,7 +171,11 @@ def command(
         "reserve": problem.reserve,
         "expert_dtype": problem.expert_dtype,
     }
-    sizes = candidates(problem, method) if sparing else [problem.slots_per_rank]
+    sizes = [problem.slots_per_rank]
+    if sparing:
+        sizes = candidates(problem, method)
+    elif copies is not None:
+        sizes = allotment.candidates(problem, copies, method)
     log.say(
         f"placer {placer.__version__}  {routed.name}, {problem.num_layers} layers x {problem.num_experts} experts, "
         f"{problem.num_ranks} ranks x {', '.join(map(str, sizes))} slots, method {method}, seed {seed}"
@@ -152,7 +186,7 @@ def command(
         how: dict[str, Any] = {
             "seed": seed,
             "jobs": options.workers(jobs),
-            "prove": prove and not (spread or sparing),
+            "prove": prove and not (spread or sparing or copies is not None),
             "on_event": log.add,
             "stop": stop,
         }
@@ -161,6 +195,8 @@ def command(
                 return fewest(
                     redundancy(problem, routed, method, budget=budget, evaluation=pricing, **how), problem
                 )
+            if copies is not None:
+                return allotment.shared_out(problem, method, copies=copies, slots=sizes, budget=budget, **how)
             how["initial"] = start
             if not spread:
                 return solve(problem, method, budget=budget, **how)
@@ -171,7 +207,8 @@ def command(
     result, interrupted = interruptible(search)
     if output is not None:
         result.placement.save(output)
-    linear = baseline_placement(replace(problem, slots_per_rank=result.placement.slots_per_rank))
+    usual = result.placement.slots_per_rank if copies is None else allotment.even_slots(problem, copies)
+    linear = baseline_placement(replace(problem, slots_per_rank=usual))
     report = evaluate(result.placement, routed, machine, **pricing)
     baseline = evaluate(linear, routed, machine, **pricing)
     keeps_caps = "caps" in load_method(method).handles

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from placer.cli import options
+from placer.cli import options, types
 from placer.cli.interrupt import EXIT_CODE, interruptible
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _presets() -> list[str]:
     return list(PRESETS)
 
 
-class _Widths(options.ParamType):
+class _Widths(types.ParamType):
     """Whole numbers of at least 1 with commas between them, as a tuple."""
 
     name = "widths"
@@ -48,7 +48,7 @@ class _Widths(options.ParamType):
 @click.command(short_help="Widen expert parallelism until the network takes over.", epilog=_EPILOG)
 @click.option(
     "--preset",
-    type=options.Name("preset", _presets),
+    type=types.Name("preset", _presets),
     metavar="NAME",
     help="article, article-imbalance or deepseek-v3-h800, instead of a machine and a model.",
 )
@@ -56,7 +56,7 @@ class _Widths(options.ParamType):
 @click.option(
     "-t",
     "--topology",
-    type=options.TOPOLOGY,
+    type=types.TOPOLOGY,
     metavar="NAME|FILE",
     help="The machine: a name from 'placer topology' or a TOML file.",
 )
@@ -71,12 +71,12 @@ class _Widths(options.ParamType):
 )
 @click.option(
     "--trace",
-    type=options.Input(),
+    type=types.Input(),
     help="Also price this trace's routing, contiguous and as --method places it.",
 )
 @click.option(
     "--method",
-    type=options.METHOD,
+    type=types.METHOD,
     default="auto",
     show_default=True,
     metavar="NAME",
@@ -93,7 +93,7 @@ class _Widths(options.ParamType):
 )
 @click.option(
     "--holdout",
-    type=options.Number("a number above 0 and below 1", low=1e-9, high=1.0),
+    type=types.Number("a number above 0 and below 1", low=1e-9, high=1.0),
     default="0.5",
     show_default=True,
     metavar="F",
@@ -101,7 +101,7 @@ class _Widths(options.ParamType):
 )
 @click.option(
     "--max-load",
-    type=options.MAX_LOAD,
+    type=types.MAX_LOAD,
     default="1.05",
     show_default=True,
     metavar="X|none",
@@ -111,7 +111,7 @@ class _Widths(options.ParamType):
 @options.memory
 @options.search
 @click.option(
-    "--plot", "picture", type=options.Output(), help="Draw it: a .png, .svg or .pdf; needs matplotlib."
+    "--plot", "picture", type=types.Output(), help="Draw it: a .png, .svg or .pdf; needs matplotlib."
 )
 @options.as_json
 @options.quiet

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from placer.cli import options
+from placer.cli import options, types
 
 _EPILOG = """\b
 Example:
@@ -14,9 +14,15 @@ Example:
 """
 
 
+def _presets() -> list[str]:
+    from placer.synthetic import PRESETS
+
+    return sorted(PRESETS)
+
+
 @click.command(short_help="Write a synthetic trace.", epilog=_EPILOG)
-@click.argument("name", metavar="PRESET", type=options.Name("preset", options.presets))
-@click.option("-o", "--output", type=options.Output(), required=True, help="The trace file (.npz) to write.")
+@click.argument("name", metavar="PRESET", type=types.Name("preset", _presets))
+@click.option("-o", "--output", type=types.Output(), required=True, help="The trace file (.npz) to write.")
 @click.option(
     "--layers", type=click.IntRange(min=1), metavar="N", show_default="the model's", help="MoE layers."
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from placer.cli import options
+from placer.cli import options, types
 from placer.table import aligned
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Example:
 
 
 @click.command(short_help="List machines, or show one.", epilog=_EPILOG)
-@click.argument("topology", type=options.TOPOLOGY, metavar="[NAME|FILE]", required=False)
+@click.argument("topology", type=types.TOPOLOGY, metavar="[NAME|FILE]", required=False)
 @options.shape
 @options.as_json
 def command(*, topology: Topology | None, shape: tuple[int, int, int] | None, as_json: bool) -> None:

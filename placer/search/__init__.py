@@ -31,23 +31,25 @@ def descend(
     ----------
     layer : Layer
     start : (num_slots,) int32
-        Occupant array; left as it is.
+        Occupant array; left as it is. Where it breaks the layer's rules, it is repaired first.
     exact : bool
         Search on touched units; otherwise on pairs cut, which is several times faster and nearly as good.
     steps, patience : int
         Swaps at most, and swaps without a new best after which to stop.
     rng : numpy.random.Generator
-        Draws how long moved experts rest.
+        Draws how long moved experts rest, and how a start is repaired.
 
     Returns
     -------
     occupant : (num_slots,) int32
-        The best arrangement within the caps; from a start above the caps, the one with the least excess.
+        The best arrangement within the caps and the layer's rules; from a start above the caps, the one with the
+        least excess.
     value : float
         Its touched units, or pairs cut, weighted by `layer.weights_of_levels`.
     """
     from placer.search.tabu import tabu
 
+    start = layer.repaired(start, rng)
     if len(layer.levels) == 0 or not layer.load.any():
         return start, math.nan
     if exact:
@@ -74,6 +76,7 @@ def descend(
         layer.num_slots // int(layer.sizes[0]),
         patience,
         rng.integers(tenure // 2 + 1, tenure + tenure // 2 + 2, (steps, 2)),
+        None if layer.rules is None else layer.rules.compiled,
     )
     return best, float(value)
 

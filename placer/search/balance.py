@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from placer.search.compiling import kernel
+from placer.search.rules import may_swap
 
 
 @kernel
@@ -45,9 +46,25 @@ def balanced(load, size):
         while occupant[p] >= 0:
             p += 1
         occupant[p] = expert
+    return levelled(occupant, load, size)
+
+
+@kernel
+def levelled(occupant, load, size, rules=None):
+    """The arrangement after the swaps of `balanced` that lower the busiest units; `occupant` is changed.
+
+    `rules` (see `placer.search.rules`) are kept where `occupant` keeps them.
+    """
+    levels, positions = size.shape[0], load.shape[0]
     total = load.sum()
     if total == 0.0 or levels == 0:
         return occupant
+    heat = np.zeros((levels, positions), np.float64)
+    position_of = np.empty(positions, np.int32)
+    for p in range(positions):
+        position_of[occupant[p]] = p
+        for level in range(levels):
+            heat[level, p // size[level]] += load[occupant[p]]
     scale = np.empty(levels)
     for level in range(levels):
         scale[level] = (positions // size[level]) / total
@@ -64,10 +81,13 @@ def balanced(load, size):
                     if a != b:
                         change += scale[level] ** 2 * d * (heat[level, b] - heat[level, a] + d)
                 if change < best:
+                    if rules is not None and not may_swap(i, j, occupant, position_of, rules):
+                        continue
                     best, x, y = change, i, j
         if x < 0:
             break
         _swap(x, y, occupant, load, heat, size)
+        position_of[occupant[x]], position_of[occupant[y]] = x, y
     for _ in range(20 * positions):
         before = _peaks(heat, size, scale, positions)
         best, x, y = before - 1e-12, -1, -1
@@ -81,10 +101,13 @@ def balanced(load, size):
                     value = _peaks(heat, size, scale, positions)
                     _swap(i, j, occupant, load, heat, size)
                     if value < best:
+                        if rules is not None and not may_swap(i, j, occupant, position_of, rules):
+                            continue
                         best, x, y = value, i, j
         if x < 0:
             break
         _swap(x, y, occupant, load, heat, size)
+        position_of[occupant[x]], position_of[occupant[y]] = x, y
     return occupant
 
 

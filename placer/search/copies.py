@@ -16,7 +16,7 @@ from placer.search.pricing import BIT, DE_BRUIJN
 RULES = {"nearest": 0, "spread": 1, "cover": 2}
 
 UNITS = 64  # bits of a mask
-GLANCE = 8  # a move is first judged by one in so many tokens
+GLANCES = (32, 8, 1)  # a move is judged by one in so many tokens first, and by more while it may be accepted
 DOUBT = 2.0  # standard errors by which that may be wrong
 
 
@@ -165,14 +165,19 @@ def hold(content, where, number):
 
 @kernel
 def spread_load(e, sign, load, where, number, unit_load):
-    """Add an expert's load to its units, each an equal share of it."""
+    """Add an expert's loads (E, 1 + parts) to those of its units (units, 1 + parts), each an equal share of them.
+
+    The first is its load, others are those of parts of the trace.
+    """
     if e < 0:
         return
     left = where[e]
     while left:
         unit = left & (~left + np.uint64(1))
         left ^= unit
-        unit_load[BIT[unit * DE_BRUIJN >> np.uint64(58)]] += sign * load[e] / number[e]
+        u = BIT[unit * DE_BRUIJN >> np.uint64(58)]
+        for part in range(load.shape[1]):
+            unit_load[u, part] += sign * load[e, part] / number[e]
 
 
 @kernel
@@ -181,7 +186,7 @@ def share_out(left, amount, unit_load):
     while left:
         unit = left & (~left + np.uint64(1))
         left ^= unit
-        unit_load[BIT[unit * DE_BRUIJN >> np.uint64(58)]] += amount
+        unit_load[BIT[unit * DE_BRUIJN >> np.uint64(58)], 0] += amount
 
 
 @kernel
@@ -198,7 +203,7 @@ def cover_load(row, weight, where, number, units, unit_load):
         e = row[j]
         if e >= 0 and number[e] == 1:
             certain |= where[e]
-            unit_load[BIT[where[e] * DE_BRUIJN >> np.uint64(58)]] += weight
+            unit_load[BIT[where[e] * DE_BRUIJN >> np.uint64(58)], 0] += weight
     for j in range(row.shape[0]):
         e = row[j]
         if e >= 0 and number[e] > 1 and where[e] & certain == 0:
@@ -239,6 +244,47 @@ def excess(unit_load, cap):
 
 
 @kernel
+def unevenness(unit_load, part_mean):
+    """Squares of what the parts' loads of units differ from their means over units, (parts,), summed."""
+    total = 0.0
+    for u in range(unit_load.shape[0]):
+        for part in range(part_mean.shape[0]):
+            off = unit_load[u, 1 + part] - part_mean[part]
+            total += off * off
+    return total
+
+
+@kernel
+def crowding(row, ranks, load, number, most):
+    """Load above `most` on a unit's ranks when its copies, the heaviest first, go to the coolest with a free slot.
+
+    Parameters: row (slots,) experts, -1 = none; load (E, 1 + parts), of which the first counts; number (E,) copies.
+    """
+    room = row.shape[0] // ranks
+    shares = np.zeros(row.shape[0])
+    for i in range(row.shape[0]):
+        e = row[i]
+        share = load[e, 0] / number[e] if e >= 0 else 0.0
+        j = i
+        while j > 0 and shares[j - 1] < share:
+            shares[j] = shares[j - 1]
+            j -= 1
+        shares[j] = share
+    heat, held = np.zeros(ranks), np.zeros(ranks, np.int64)
+    for i in range(row.shape[0]):
+        coolest = -1
+        for r in range(ranks):
+            if held[r] < room and (coolest < 0 or heat[r] < heat[coolest]):
+                coolest = r
+        heat[coolest] += shares[i]
+        held[coolest] += 1
+    over = 0.0
+    for r in range(ranks):
+        over += max(0.0, heat[r] - most)
+    return over
+
+
+@kernel
 def exchange(e, u, f, v, where, number):
     """Let expert e leave unit u for v, or for good where v = -1, and f take its place; -1 is no expert."""
     one = np.uint64(1)
@@ -267,7 +313,23 @@ def undo(e, u, f, v, where, number):
 
 @kernel
 def anneal_copies(
-    rule, content, tokens, count, first, uses, pairs, load, cap, most_each, penalty, hot, cold, draws
+    rule,
+    content,
+    tokens,
+    count,
+    first,
+    uses,
+    pairs,
+    load,
+    bias,
+    cap,
+    ranks,
+    most,
+    penalty,
+    uneven,
+    hot,
+    cold,
+    draws,
 ):
     """Annealing over what units hold: swaps of two slots, and other experts in the slots of copies or in empty ones.
 
@@ -283,10 +345,17 @@ def anneal_copies(
         The rows of `tokens` that use each expert.
     pairs : (E, E) float64
         Tokens that use both experts, zero diagonal: of a few moves drawn, the one with the best sum is tried.
-    load : (E,) float64
-        Tokens of each expert; copies share it evenly, or as `cover_load` says.
-    cap, most_each : float
-        Load of a unit, and of one copy, above which every token costs `penalty` units.
+    load : (E, 1 + parts) float64
+        Tokens of each expert, then those in parts of the trace; copies share them evenly, the first under the rule
+        cover as `cover_load` says.
+    bias : (units,) float64
+        What is added to the load of units.
+    cap : float
+        Load of a unit above which every token costs `penalty` units.
+    ranks, most : int and float
+        GPUs of a unit, and the same for the load of a GPU; no expert loses the copies that it needs to stay below.
+    penalty, uneven : float
+        Touched units that a token above a cap costs, and that a squared token of `unevenness` costs.
     hot, cold : float
         First and last temperature, in touched units.
     draws : (steps, 2 + 2 n) float64
@@ -294,30 +363,37 @@ def anneal_copies(
 
     Returns
     -------
-    Touched units of all tokens, the home's left out, homes uniform; and the load above the cap.
+    Touched units of all tokens, the home's left out, homes uniform; the load above the cap of
+    units; that above the cap of GPUs; and the load of units, (units,) float64, without the bias.
     """
     units, slots = content.shape
     experts = load.shape[0]
     where, number = np.zeros(experts, np.uint64), np.zeros(experts, np.int64)
     hold(content, where, number)
     several = np.empty(tokens.shape[1], np.uint64)
-    unit_load, trial, before = np.zeros(units), np.zeros(units), np.zeros(units)
+    unit_load, trial = np.zeros((units, load.shape[1])), np.zeros((units, load.shape[1]))
+    before = np.zeros((units, 1))
+    for e in range(experts):
+        spread_load(e, 1.0, load, where, number, unit_load)
     if rule == 2:
+        unit_load[:, 0] = 0.0
         for t in range(tokens.shape[0]):
             cover_load(tokens[t], count[t], where, number, units, unit_load)
-    else:
-        for e in range(experts):
-            spread_load(e, 1.0, load, where, number, unit_load)
+    unit_load[:, 0] += bias
     cost, fresh = np.empty(tokens.shape[0]), np.empty(tokens.shape[0])
     total = total_cost(rule, tokens, count, where, number, units, cost)
-    over = excess(unit_load, cap)
+    part_mean = np.array([unit_load[:, 1 + part].mean() for part in range(load.shape[1] - 1)])
+    over, spread = excess(unit_load[:, 0], cap), unevenness(unit_load, part_mean)
     seen = np.full(tokens.shape[0], -1, np.int64)
     bonds = np.zeros((units, experts))  # tokens of an expert that it shares with a unit's, pair by pair
     for u in range(units):
         for i in range(slots):
             if content[u, i] >= 0:
                 bonds[u] += pairs[content[u, i]]
-    steps = draws.shape[0]
+    crowded, crowds = np.zeros(units), np.zeros(units)
+    for u in range(units):
+        crowded[u] = crowding(content[u], ranks, load, number, most)
+    steps, marks = draws.shape[0], 0
     for step in range(steps):
         u, i, v, j, f, best = -1, -1, -1, -1, -1, -np.inf
         for x in range(2, draws.shape[1], 2):
@@ -330,7 +406,7 @@ def anneal_copies(
                 g = content[c, d]
                 if c == a or e == g or (e >= 0 and where[e] >> np.uint64(c) & np.uint64(1)):
                     continue
-            elif e < 0 or number[e] > 1:
+            elif e < 0 or (number[e] > 1 and load[e, 0] <= most * (number[e] - 1)):
                 g = int(draws[step, x + 1] * (experts + 1)) - 1
                 if e == g:
                     continue
@@ -350,71 +426,78 @@ def anneal_copies(
         if u < 0:
             continue
         e = content[u, i]
-        heat = 0.0
         trial[:] = unit_load
         for g in (e, f):
-            if g >= 0:
-                heat -= max(0.0, load[g] - number[g] * most_each)
             spread_load(g, -1.0, load, where, number, trial)
         exchange(e, u, f, v, where, number)
+        content[u, i] = f
+        if v >= 0:
+            content[v, j] = e
         for g in (e, f):
-            if g >= 0:
-                heat += max(0.0, load[g] - number[g] * most_each)
             spread_load(g, 1.0, load, where, number, trial)
-        now = excess(trial, cap)
+        now, spread_now = excess(trial[:, 0], cap), unevenness(trial, part_mean)
+        heat = 0.0
+        if ranks > 1:
+            for w in range(units):
+                crowds[w] = crowded[w]
+                bit = np.uint64(1) << np.uint64(w)
+                if w in (u, v) or (e >= 0 and where[e] & bit) or (f >= 0 and where[f] & bit):
+                    crowds[w] = crowding(content[w], ranks, load, number, most)
+                    heat += crowds[w] - crowded[w]
         heated = -np.log(1.0 - draws[step, 1]) * hot * (cold / hot) ** (step / steps)
         if rule == 2 and over > 0.0:  # copies share evenly by and large only: what helps must not be missed
             now = 0.0
-        room = (heated - penalty * (now - over + heat)) * units  # a change above it is refused
+        heated -= penalty * heat + uneven * (spread_now - spread)
+        room = (heated - penalty * (now - over)) * units  # a change above it is refused
         change, refused = 0.0, False
-        for whole in (False, True):
+        for glance in range(len(GLANCES)):
             change, square, n = 0.0, 0.0, 0
-            stride = 1 if whole else GLANCE
+            stride = GLANCES[glance]
+            marks += 1
             for g in (e, f):
                 if g < 0:
                     continue
                 for at in range(first[g], first[g + 1], stride):
                     t = uses[at]
-                    if seen[t] == 4 * step + whole:
+                    if seen[t] == marks:
                         continue
-                    seen[t] = 4 * step + whole
+                    seen[t] = marks
                     fresh[t] = token_cost(rule, tokens[t], where, number, units, several)
                     d = count[t] * (fresh[t] - cost[t])
                     change += d
                     square += d * d
                     n += 1
-            if not whole and n > 1 and change * stride - DOUBT * stride * np.sqrt(square) > room:
+            if stride > 1 and n > 1 and change * stride - DOUBT * stride * np.sqrt(square) > room:
                 refused = True
                 break
         accepted = not refused and change <= room
         if accepted and rule == 2:
-            trial[:] = unit_load
+            trial[:, 0] = unit_load[:, 0]
             before[:] = 0.0
             for new in (True, False):
+                marks += 1
                 for g in (e, f):
                     if g < 0:
                         continue
                     for at in range(first[g], first[g + 1]):
                         t = uses[at]
-                        if seen[t] != 4 * step + 3 - new:
-                            seen[t] = 4 * step + 3 - new
+                        if seen[t] != marks:
+                            seen[t] = marks
                             into = trial if new else before
                             cover_load(tokens[t], count[t], where, number, units, into)
                 if new:
                     undo(e, u, f, v, where, number)
-            trial -= before
-            now = excess(trial, cap)
-            accepted = change <= (heated - penalty * (now - over + heat)) * units
+            trial[:, 0] -= before[:, 0]
+            now = excess(trial[:, 0], cap)
+            accepted = change <= (heated - penalty * (now - over)) * units
             if accepted:
                 exchange(e, u, f, v, where, number)
         elif not accepted:
             undo(e, u, f, v, where, number)
         if accepted:
-            total, over = total + change, now
+            total, over, spread = total + change, now, spread_now
             unit_load[:] = trial
-            content[u, i] = f
-            if v >= 0:
-                content[v, j] = e
+            crowded[:] = crowds
             for g in range(experts):
                 if e >= 0:
                     bonds[u, g] -= pairs[e, g]
@@ -428,4 +511,8 @@ def anneal_copies(
                 if g >= 0:
                     for at in range(first[g], first[g + 1]):
                         cost[uses[at]] = fresh[uses[at]]
-    return total / units, over
+        else:
+            content[u, i] = e
+            if v >= 0:
+                content[v, j] = f
+    return total / units, over, crowded.sum(), unit_load[:, 0] - bias

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from placer.search.compiling import kernel
+from placer.search.eplb import members, published
 
 CLOSE = 1e-4  # relative distance from a lower bound that is not worth more work
 UNEVEN = (
@@ -121,22 +122,12 @@ def _filled(groups, weight, num_slots, num_nodes, num_gpus):
     width, room, gpus = groups.shape[0] // num_nodes, num_slots // num_nodes, num_gpus // num_nodes
     bound = 0.0
     for node in range(num_nodes):
-        experts = _members(groups[node * width : (node + 1) * width], weight.shape[0] // groups.shape[0])
+        experts = members(groups[node * width : (node + 1) * width], weight.shape[0] // groups.shape[0])
         load = weight[experts]
         count = _watered(load, room, gpus)
         slots[node * room : (node + 1) * room] = experts[_packed(load, count, gpus)]
         bound = max(bound, load.sum() / gpus, (load / count).max())
     return slots, bound
-
-
-@kernel
-def _members(groups, size):
-    """Experts of some groups of consecutive experts."""
-    experts = np.empty(groups.shape[0] * size, np.int64)
-    for g in range(groups.shape[0]):
-        for k in range(size):
-            experts[g * size + k] = groups[g] * size + k
-    return experts
 
 
 @kernel
@@ -520,48 +511,3 @@ def _groups_of(slots, num_groups, num_experts, num_nodes):
             groups[used] = group
             used += 1
     return groups
-
-
-@kernel
-def published(weight, group_weight, num_slots, num_nodes, num_gpus):
-    """EPLB's map in its single precision: groups to nodes, copies, and copies to GPUs."""
-    size = weight.shape[0] // group_weight.shape[0]
-    order = _published_packing(group_weight, num_nodes)
-    room = num_slots // num_nodes
-    slots = np.empty(num_slots, np.int64)
-    width = order.shape[0] // num_nodes
-    for node in range(num_nodes):
-        experts = _members(order[node * width : (node + 1) * width], size)
-        copies = np.empty(room, np.int64)
-        share = weight[experts]
-        count = np.ones(experts.shape[0], np.float32)
-        for p in range(room):
-            copies[p] = p
-            if p >= experts.shape[0]:
-                e = np.argmax(share)
-                copies[p] = e
-                count[e] += np.float32(1)
-                share[e] = weight[experts[e]] / count[e]
-        packed = _published_packing(share[copies], num_gpus // num_nodes)
-        slots[node * room : (node + 1) * room] = experts[copies[packed]]
-    return slots
-
-
-@kernel
-def _published_packing(weight, bins):
-    """Items in the order of their bins: each in turn, heaviest first, to the lightest bin with room."""
-    room = weight.shape[0] // bins
-    if room == 1:
-        return np.arange(bins)
-    packed = np.empty((bins, room), np.int64)
-    used = np.zeros(bins, np.int64)
-    heat = np.zeros(bins, np.float32)
-    for item in np.argsort(-weight.astype(np.float64), kind="mergesort"):
-        to = -1
-        for b in range(bins):
-            if used[b] < room and (to < 0 or heat[b] < heat[to]):
-                to = b
-        packed[to, used[to]] = item
-        used[to] += 1
-        heat[to] += weight[item]
-    return packed.ravel()

@@ -28,6 +28,7 @@ from __future__ import annotations
 import numpy as np
 
 from placer.search.compiling import kernel
+from placer.search.rules import bar_swaps
 
 FAR = 1e300
 
@@ -281,10 +282,11 @@ def _least(row, bar, start, stop):
 
 
 @kernel
-def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row):
+def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row, barred=None):
     """The best swap of positions in different inner units.
 
     `frozen` (P,) marks tabu positions; a swap with one of them is taken only when its change is below `wanted`.
+    `barred` (P, P) marks swaps that are never taken.
     Returns (i, j, change) with i < j, or (-1, -1, FAR) when there is none.
     """
     levels, positions = size.shape[0], load.shape[0]
@@ -310,6 +312,10 @@ def best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, want
                 gap = other + load[i] - cap[level]
                 for j in range(u * size[level], (u + 1) * size[level]):
                     row[j] += penalty * (max(0.0, rest + load[j]) + max(0.0, gap - load[j]) - old)
+        if barred is not None:
+            for j in range(start, positions):
+                if barred[i, j]:
+                    row[j] = FAR
         least, least_free = _least(row, bar, start, positions)
         if frozen[i]:
             least_free = FAR
@@ -336,6 +342,7 @@ def tabu(
     units,
     patience,
     rests,
+    rules=None,
 ):
     """Search from `occupant`; return the best occupant within the caps, its cost, and whether it is within.
 
@@ -350,6 +357,7 @@ def tabu(
     units : int, units of the innermost level
     patience : stop after so many swaps without a new best
     rests : (steps, 2) int64, swaps for which the two experts moved in a step rest; its length bounds the swaps
+    rules : kept by every swap where `occupant` keeps them (see `placer.search.rules`); None for none
     """
     positions = occupant.shape[0]
     occupant = occupant.copy()
@@ -367,6 +375,7 @@ def tabu(
     row = np.empty(positions, np.float64)
     rests_until = np.zeros(positions, np.int64)
     frozen = np.zeros(positions, np.bool_)
+    barred = None if rules is None else np.zeros((positions, positions), np.bool_)
     unit_load, excess = _excess(load, size, cap)
     best = occupant.copy()
     best_cost, best_excess = cost, excess
@@ -377,9 +386,15 @@ def tabu(
         for p in range(positions):
             frozen[p] = rests_until[occupant[p]] > step
         wanted = best_cost - cost - slack - penalty * excess if best_excess == 0.0 else -FAR
-        i, j, change = best_swap(costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row)
+        if rules is not None:
+            bar_swaps(occupant, position_of, rules, barred)
+        i, j, change = best_swap(
+            costs, S, load, unit_load, size, cap, penalty, inner, frozen, wanted, row, barred
+        )
         if i < 0:
-            break
+            if rules is None or not frozen.any():
+                break
+            continue  # few swaps are allowed, and those rest
         if exact:
             apply_exact(
                 i,

@@ -5,8 +5,8 @@ A method is a module with
 ``needs``
     frozenset out of ``load``, ``pairs``, ``routes``: the statistics it reads.
 ``handles``
-    frozenset out of ``caps``, ``copies``, ``levels``: limits it keeps, copies it makes, levels beyond
-    one that it weighs. A method without ``copies`` leaves spare slots empty.
+    frozenset out of ``caps``, ``copies``, ``levels``, ``pins``: limits it keeps, copies it makes, levels beyond
+    one that it weighs, and whether it keeps the layer's rules. A method without ``copies`` leaves spare slots empty.
 ``place(layer, *, rng, clock, initial=None) -> Placed``
     arranges one `placer.layer.Layer`. `initial` is a slot array or None. All randomness comes from
     `rng`; a method that iterates asks `clock.allows(rounds)` before each round.
@@ -16,6 +16,7 @@ Packages outside join through the entry point group ``placer.solvers`` (name -> 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from dataclasses import dataclass
@@ -85,6 +86,16 @@ class Method(Protocol):
 def names() -> list[str]:
     """All methods, without importing any: the files here and the entry points of other packages."""
     return sorted({*_shipped(), *_outside()})
+
+
+def handling(limit: str) -> list[str]:
+    """The methods that handle a limit, of those whose packages are installed."""
+    found = []
+    for name in names():
+        with contextlib.suppress(ImportError):
+            if limit in method(name).handles:
+                found.append(name)
+    return found
 
 
 def method(name: str) -> Method:

@@ -11,6 +11,7 @@ References: see the methods.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,26 +20,40 @@ import numpy as np
 from placer import copies
 from placer.clock import Clock
 from placer.layer import Layer, Occupant
-from placer.solvers import Placed, cpsat, eplb, linear, tabu
+from placer.solvers import Placed, cpsat, eplb, linear, lpt, tabu
 from placer.tables import judged
 
 needs = frozenset({"load"})
-handles = frozenset({"caps", "copies", "levels"})
+handles = frozenset({"caps", "copies", "levels", "pins"})
 
-START = 4  # rounds of search for where copies begin
+START, SHARE = 4, 0.3  # rounds of search for where copies begin, and of the time that it may take
 NEAR = 1.05  # copies of other methods are judged unless a sample of tokens costs so much more than with ours
+
+SPARE_UNUSED = "spare slots stay empty: under constraints no copies are made"
 
 
 def place(layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: Occupant | None = None) -> Placed:
     """Run what suits the layer and return the best."""
+    if layer.rules is not None:
+        return _within_rules(layer, rng, clock, initial)
     if layer.topk is None:
         return eplb.place(layer, rng=rng, clock=clock, initial=initial)
     spare = layer.num_slots > layer.num_experts
     single = replace(layer, copies=False) if spare else layer  # whose caps can be met without copies
     place_single = cpsat.place if cpsat.provable(single) else tabu.place
-    few = replace(clock, rounds=START) if spare and copies.suits(layer) and clock.rounds is None else clock
-    placed = place_single(single, rng=rng, clock=few, initial=initial)
+    begun = clock
+    if spare and copies.suits(layer) and clock.rounds is None:
+        begun = replace(clock, rounds=START, deadline=time.monotonic() + SHARE * clock.remaining)
+    placed = place_single(single, rng=rng, clock=begun, initial=initial)
     return placed if not spare or clock.expired else _with_copies(layer, placed, rng, clock)
+
+
+def _within_rules(layer: Layer, rng: np.random.Generator, clock: Clock, initial: Occupant | None) -> Placed:
+    """The method that keeps rules; it makes no copies."""
+    place_single = lpt.place if layer.topk is None else tabu.place
+    placed = place_single(replace(layer, copies=False), rng=rng, clock=clock, initial=initial)
+    notes = (SPARE_UNUSED,) if layer.num_slots > layer.num_experts else ()
+    return replace(placed, notes=(*placed.notes, *notes))
 
 
 def _with_copies(layer: Layer, placed: Placed, rng: np.random.Generator, clock: Clock) -> Placed:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from placer.clock import Clock
 from placer.errors import InvalidInput
 from placer.layer import Layer
+from placer.rebalance import policy
 from placer.solvers import Placed
 
 Loads = npt.NDArray[np.float32]  # the published code computes in single precision; ties depend on it
@@ -74,17 +75,7 @@ def rebalance(load: npt.ArrayLike, num_replicas: int, num_groups: int, num_nodes
     if table.ndim != 2 or table.size == 0:
         raise InvalidInput(f"load: found shape {table.shape}, expected (num_layers, num_experts)")
     num_experts = table.shape[1]
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
-    for what, whole, by, part in (
-        ("experts", num_experts, "groups", num_groups),
-        ("GPUs", num_gpus, "servers", num_nodes),
-        ("replicas", num_replicas, "GPUs", num_gpus),
-    ):
-        if whole % part:
-            raise InvalidInput(f"{what}: found {whole}, expected a multiple of the {part} {by}")
-    if num_replicas < num_experts:
-        raise InvalidInput(f"replicas: found {num_replicas}, expected at least the {num_experts} experts")
+    num_groups, num_nodes = policy(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
     return np.stack([_rebalance(row, num_replicas, num_groups, num_nodes, num_gpus) for row in table])
 
 

@@ -19,7 +19,7 @@ from placer.layer import Layer
 from placer.solvers import Placed
 
 needs = frozenset({"load"})
-handles = frozenset({"caps", "levels"})
+handles = frozenset({"caps", "levels", "pins"})
 
 
 def place(

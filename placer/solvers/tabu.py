@@ -28,7 +28,7 @@ from placer.search.variation import crossed, hierarchical, random_start, shuffle
 from placer.solvers import Placed
 
 needs = frozenset({"routes"})
-handles = frozenset({"caps", "levels"})
+handles = frozenset({"caps", "levels", "pins"})
 
 RANDOM_STARTS = 12
 ELITE = 8  # starts that go on to the exact search
@@ -64,6 +64,8 @@ def place(
 def contiguous(layer: Layer, rng: np.random.Generator) -> Placed | None:
     """Contiguous experts, where they keep the caps and no search beats them on unseen tokens."""
     linear = layer.linear()
+    if layer.rules is not None and not layer.rules.keeps(linear):
+        return None
     if layer.excess(linear) > 0 or searching_pays(layer, rng):
         return None
     return Placed(
@@ -76,6 +78,7 @@ def fallback(layer: Layer, initial: npt.NDArray[np.int32] | None) -> Occupant:
     options = [layer.linear()]
     if initial is not None and np.bincount(initial[initial >= 0]).max() == 1:
         options.insert(0, layer.occupant(initial))
+    options = [layer.repaired(option) for option in options]
     if all(layer.excess(option) > 0 for option in options):
         options.append(layer.reference)
     best = min(options, key=lambda option: quality(layer, option))

@@ -1,0 +1,117 @@
+"""GPUs: where in its server an expert stands, once it is settled what each server holds.
+
+Idea: links inside a server are fast, so balance decides wherever load is capped: experts that are hot together are
+kept apart, although they attract each other at the level of servers. Minimised is the expected square of a GPU's unseen
+load: that of its mean, plus twice the variance of the mean, as estimated from parts of the trace (once for the error of
+fitting, once for that of scoring). It is a sum over pairs of experts on one GPU, so tabu search on pairs does it.
+Without a cap, each server's experts are arranged for few touched GPUs instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from placer.layer import Floats, Ints, Layer
+from placer.search import descend
+
+Slots = npt.NDArray[np.int32]
+
+PARTS = 64  # of the trace, by sequence, at most
+LARGEST = 2.0**40  # of the integers that stand for products of loads
+
+
+def on_gpus(layer: Layer, small: Layer, content: Ints, rng: np.random.Generator) -> Slots:
+    """Slots for what servers hold, within the GPU cap where that is possible.
+
+    Parameters
+    ----------
+    layer : Layer
+    small : Layer
+        A sample of its tokens, for what GPUs they touch.
+    content : (num_servers, slots of a server) int64
+        Expert of each slot, -1 = empty; in no server an expert twice.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    (num_slots,) int32
+        Experts ascend within a GPU, -1 last.
+    """
+    held = np.maximum(np.bincount(content[content >= 0], minlength=layer.num_experts), 1)
+    parts = part_loads(layer) / held
+    ranks = content.shape[1] // layer.slots_per_rank
+    return np.concatenate([_arranged(layer, small, row, parts, held, ranks, rng) for row in content])
+
+
+def part_loads(layer: Layer) -> Floats:
+    """Load of every expert in parts of the trace, (parts, num_experts), each scaled to the size of the whole.
+
+    Parts are equal numbers of sequences, or of tokens where there are few sequences; those without load are left out.
+    """
+    tokens = layer.tokens
+    keys = np.zeros(0) if layer.key is None else np.unique(layer.key)
+    if layer.key is None or len(keys) < PARTS:
+        part = np.arange(len(tokens)) * PARTS // max(1, len(tokens))
+    else:
+        part = np.searchsorted(keys, layer.key) * PARTS // len(keys)
+    row, at = np.nonzero(tokens >= 0)
+    flat = part[row] * layer.num_experts + tokens[row, at]
+    loads = np.bincount(flat, minlength=PARTS * layer.num_experts).reshape(PARTS, -1).astype(np.float64)
+    loads = loads[loads.any(axis=1)]
+    whole: Floats = loads * (layer.load.sum() / loads.sum(axis=1, keepdims=True))
+    return whole
+
+
+def together(mean: Floats, parts: Floats) -> Floats:
+    """Expected product of the unseen loads of every two experts, from their mean (n,) and those of parts (parts, n).
+
+    Examples
+    --------
+    Experts 0 and 1 are hot together, 1 and 2 take turns:
+
+    >>> together(np.array([2.0, 2.0, 2.0]), np.array([[3.0, 3.0, 1.0], [1.0, 1.0, 3.0]])).tolist()
+    [[6.0, 6.0, 2.0], [6.0, 6.0, 2.0], [2.0, 2.0, 6.0]]
+    """
+    product: Floats = np.outer(mean, mean)
+    if len(parts) > 1:
+        centred = parts - parts.mean(axis=0)
+        product += 2.0 / len(parts) * (centred.T @ centred) / (len(parts) - 1)
+    return product
+
+
+def _arranged(
+    layer: Layer, small: Layer, row: Ints, parts: Floats, held: Ints, ranks: int, rng: np.random.Generator
+) -> Slots:
+    """The experts of one server on its `ranks` GPUs."""
+    members = row[row >= 0]
+    if len(members) == 0:
+        return np.full(len(row), -1, np.int32)
+    heat = (layer.load / held)[members]
+    mean, limit = heat.sum() / ranks, float(layer.caps[0])
+    capped = bool(mean) and math.isfinite(limit)
+    place = np.full(layer.num_experts + 1, -1, np.int32)  # the last one is for -1
+    place[members] = np.arange(len(members))
+    topk = place[small.tokens]
+    product = together(heat, parts[:, members])
+    np.fill_diagonal(product, 0.0)
+    part = Layer(
+        index=layer.index,
+        num_experts=len(members),
+        num_ranks=ranks,
+        slots_per_rank=layer.slots_per_rank,
+        unit_ranks=(1,),
+        seconds=layer.seconds[:1],
+        server_ranks=1,
+        rule="nearest",
+        max_load=max(1.0, limit / mean) if capped else None,
+        margin=0.0,
+        load=heat.round().astype(np.int64),
+        pair_counts=-(product * (LARGEST / max(1.0, product.max()))).astype(np.int64) if capped else None,
+        topk=topk[(topk >= 0).sum(axis=1) > 1],
+    )
+    arranged, _ = descend(part, part.reference, exact=not capped, steps=200, patience=50, rng=rng)
+    local = part.slots(arranged)
+    return np.where(local >= 0, members[np.maximum(local, 0)], -1).astype(np.int32)

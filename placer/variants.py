@@ -1,0 +1,62 @@
+"""Variants of a problem: solved one after the other within one budget, and priced on the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from placer.evaluation import evaluate
+from placer.problem import Problem
+from placer.report import Report
+from placer.result import Budget, Result
+from placer.solution import solve
+from placer.trace import Trace
+
+
+def solved(
+    problem: Problem,
+    variants: Sequence[Mapping[str, Any]],
+    trace: Trace,
+    method: str,
+    *,
+    budget: Budget | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[tuple[Result, Report]]:
+    """What is found for each variant, and what that costs on the trace; each is solved when it is asked for.
+
+    Parameters
+    ----------
+    problem : Problem
+    variants : sequence of mapping
+        Fields of the problem that change, and their values.
+    trace : Trace
+        The trace of the problem; prices each placement.
+    method : str
+    budget : Budget, optional
+        For all of them together, in equal shares of its seconds; 60 seconds by default.
+    evaluation : mapping, optional
+        Further arguments of `evaluate`.
+    **options
+        Further arguments of `solve`.
+
+    Yields
+    ------
+    Result, Report
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from placer import Problem, Topology, Trace
+    >>> trace = Trace(topk_idx=np.array([[[0, 2]], [[1, 3]]]), num_experts=4)
+    >>> problem = Problem.from_trace(trace, Topology.load("dgx-h100").with_shape("1x2x1"), max_load=None)
+    >>> variants = [{"slots_per_rank": 2}, {"slots_per_rank": 4}]
+    >>> [report.remote["server"] for _, report in solved(problem, variants, trace, "linear")]
+    [1.0, 0.0]
+    """
+    whole = budget or Budget()
+    share = replace(whole, seconds=None if whole.seconds is None else whole.seconds / len(variants))
+    for variant in variants:
+        result = solve(replace(problem, **variant), method, budget=share, **options)
+        yield result, evaluate(result.placement, trace, problem.topology, **(evaluation or {}))
