@@ -86,7 +86,7 @@ def _arranged(
     layer: Layer, small: Layer, row: Ints, parts: Floats, held: Ints, ranks: int, rng: np.random.Generator
 ) -> Slots:
     """The experts of one server on its `ranks` GPUs."""
-    members = row[row >= 0]
+    members = np.sort(row[row >= 0])
     if len(members) == 0:
         return np.full(len(row), -1, np.int32)
     heat = (layer.load / held)[members]

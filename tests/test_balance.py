@@ -122,7 +122,7 @@ def layers(draw: st.DrawFn) -> Layer:
     )
     ranks = math.prod(shape)
     per_rank = draw(st.integers(1, 3))
-    num_experts = draw(st.integers(max(1, ranks * per_rank - 3), ranks * per_rank))
+    num_experts = draw(st.integers(max(per_rank, ranks * per_rank - 3), ranks * per_rank))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     skew = rng.random(num_experts) * draw(st.sampled_from([0.0, 1.0, 3.0]))
     top_k = draw(st.integers(1, min(3, num_experts)))

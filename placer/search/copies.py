@@ -391,7 +391,7 @@ def anneal_copies(
             if content[u, i] >= 0:
                 bonds[u] += pairs[content[u, i]]
     crowded, crowds = np.zeros(units), np.zeros(units)
-    for u in range(units):
+    for u in range(units if ranks > 1 else 0):
         crowded[u] = crowding(content[u], ranks, load, number, most)
     steps, marks = draws.shape[0], 0
     for step in range(steps):
