@@ -59,6 +59,7 @@ CASES = (
         seconds=120,
     ),
     Case(name="OLMoE 1x8x2 + 16", source=OLMOE, shape="1x8x2", redundant=16, max_load=1.02, seconds=60),
+    Case(name="OLMoE 1x8x2 + 16, cap 1", source=OLMOE, shape="1x8x2", redundant=16, max_load=1.0, seconds=60),
     Case(name="gpt-oss 1x4x2 + 8", source=GPT_OSS, shape="1x4x2", redundant=8, max_load=1.02, seconds=60),
     Case(name="tiny MoE 1x8x2 + 16", source=TINY, shape="1x8x2", redundant=16, max_load=1.02, seconds=60),
     Case(name="dsv3-like 1x32x2 + 64", source=DSV3, shape="1x32x2", redundant=64, max_load=1.02, seconds=60),
