@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from placer import caps
 from placer.clock import Clock
 from placer.errors import InvalidInput
 from placer.knapsack import knapsack
@@ -121,10 +122,13 @@ def shared_out(
     workers = min(jobs, problem.num_layers)
     run = joblib.Parallel(n_jobs=workers, prefer="threads", pre_dispatch=workers, batch_size=1)
     choices: list[list[_Choice]] = run(
-        joblib.delayed(_choices)(replace(widest.layer(index), copies=makes), results, part)
+        joblib.delayed(_choices)(widest.layer(index, copies=makes), results, part)
         for index, part in enumerate(clock.shares(problem.num_layers, workers))
     )
-    result = _assembled(problem, _picked(problem, choices, copies), results, copies)
+    raised = [
+        row for index in range(problem.num_layers) for row in caps.raised(widest.layer(index, copies=makes))
+    ]
+    result = _assembled(problem, _picked(problem, choices, copies), results, copies, raised)
     stopped = stop is not None and stop.is_set()
     return replace(
         result,
@@ -189,9 +193,14 @@ def _choices(layer: Layer, results: list[Result], clock: Clock) -> list[_Choice]
     """What the results have for a layer, and while there is time the same with fewer copies; all under its caps."""
     found: list[_Choice] = []
 
-    def judge(origin: int, slots: Slots, table: Slots | None = None) -> float:
-        (excess, cost, _), table = judged(layer, slots, table)
-        found.append(_Choice(origin=origin, slots=slots, table=table, excess=excess, cost=cost))
+    hottest = 1.0  # of the results themselves: taking copies away must not heap load on one unit
+
+    def judge(origin: int, slots: Slots, table: Slots | None = None, *, whole: bool = False) -> float:
+        nonlocal hottest
+        (excess, cost, heat), table = judged(layer, slots, table)
+        hottest = max(hottest, heat) if whole else hottest
+        if heat <= hottest or (slots >= 0).sum() == layer.num_experts:  # no copies at all is always a choice
+            found.append(_Choice(origin=origin, slots=slots, table=table, excess=excess, cost=cost))
         return excess
 
     below = -1  # copies that results with fewer slots have
@@ -200,7 +209,7 @@ def _choices(layer: Layer, results: list[Result], clock: Clock) -> list[_Choice]
         slots = resized(placement.physical_to_logical[layer.index], layer.num_ranks, layer.slots_per_rank)
         if placement.table is not None:
             table = relabelled(placement.table[layer.index], placement.slots_per_rank, layer.slots_per_rank)
-        judge(origin, slots, table)
+        judge(origin, slots, table, whole=True)
         copies = int(_held(slots, layer.num_ranks).sum()) - layer.num_experts
         worst = max(choice.excess for choice in found)
         for kept in (copies >> halving for halving in range(1, HALVINGS + 1)):
@@ -208,7 +217,7 @@ def _choices(layer: Layer, results: list[Result], clock: Clock) -> list[_Choice]
                 break
             if judge(origin, thinned(layer, slots, kept)) > worst:
                 break  # still fewer would exceed the caps still more
-        if below < 0 < copies:  # no copies at all is always a choice
+        if below < 0 < copies:
             judge(origin, thinned(layer, slots, 0))
         below = max(below, copies)
     return found
@@ -331,8 +340,10 @@ def _picked(problem: Problem, choices: list[list[_Choice]], limit: int) -> list[
     return [row[at] for row, at in zip(choices, best.tolist(), strict=True)]
 
 
-def _assembled(problem: Problem, picked: list[_Choice], results: list[Result], limit: int) -> Result:
-    """One result out of the choices."""
+def _assembled(
+    problem: Problem, picked: list[_Choice], results: list[Result], limit: int, raised: list[dict[str, Any]]
+) -> Result:
+    """One result out of the choices, which were compared under caps `raised` where these had to be."""
     ranks = problem.num_ranks
     held = np.array([_held(choice.slots, ranks) for choice in picked])
     width, widest = int(held.max()), len(picked[0].slots) // ranks
@@ -366,12 +377,15 @@ def _assembled(problem: Problem, picked: list[_Choice], results: list[Result], l
         status="feasible",
         objective=sum(choice.cost for choice in picked) / problem.num_tokens,
         caps_raised=[
-            row
-            for layer, choice in enumerate(picked)
-            for row in results[choice.origin].caps_raised
-            if row["layer"] == layer
+            {**row, "level": problem.topology.levels[int(row["level"])].name}
+            for row in raised
+            if "caps" in load_method(first.method).handles
         ],
-        notes=(*_notes(used.values()), _split(held.sum(axis=1) - problem.num_experts, limit, first.method)),
+        notes=(
+            *_notes(used.values()),
+            *_above(picked),
+            _split(held.sum(axis=1) - problem.num_experts, limit, first.method),
+        ),
     )
 
 
@@ -391,6 +405,12 @@ def _notes(used: Iterable[Result]) -> Iterator[str]:
             said.setdefault(note, []).append(str(result.placement.slots_per_rank))
     for note, slots in said.items():
         yield f"with {', '.join(slots)} slots a GPU: {note}"
+
+
+def _above(picked: list[_Choice]) -> Iterator[str]:
+    """Which layers have too few copies to keep their caps, in words."""
+    if above := sum(choice.excess > 0 for choice in picked):
+        yield f"load is above the caps in {above} of {len(picked)} layers: more copies would be needed there"
 
 
 def _split(copies: Ints, limit: int, method: str) -> str:

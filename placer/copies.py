@@ -62,7 +62,7 @@ def finds(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock)
         Where runs begin: every expert once.
     rng : numpy.random.Generator
     clock : Clock
-        Asked between chunks; a run that is cut short does not count.
+        Asked between chunks; a run counts from where it has seen all tokens.
     """
     small = layer.sample(SAMPLE)
     start = slots.reshape(-1, _width(layer)).astype(np.int64)
@@ -89,13 +89,13 @@ def _width(layer: Layer) -> int:
 def _annealed(
     layer: Layer, small: Layer, start: Ints, moves: int, rng: np.random.Generator, clock: Clock
 ) -> Ints | None:
-    """What servers hold after one run; None where the clock ran out."""
+    """What servers hold after one run; None where the clock ran out before all tokens were seen."""
     content = _shared(layer, start)
     level = layer.unit_slots.index(start.shape[1])
     loads, penalty, bias = _loads(layer), PENALTY, np.zeros(len(content))
     for chunk in range(CHUNKS + REPAIRS):
         if clock.expired:
-            return None
+            return content if chunk >= CHUNKS - FINAL else None
         seen = small if chunk < CHUNKS - FINAL else layer
         hot, cold = (HOT * (COLD / HOT) ** (min(x, CHUNKS) / CHUNKS) for x in (chunk, chunk + 1))
         draws = rng.random((moves, 2 + 2 * CHOICE))

@@ -230,8 +230,8 @@ class Problem:
         size = self.model.dispatch_bytes + self.model.combine_bytes
         return tuple(size / level.effective_bandwidth for level in self.topology.levels)
 
-    def layer(self, index: int) -> Layer:
-        """One layer, as methods see it; layers count from 0."""
+    def layer(self, index: int, *, copies: bool = False) -> Layer:
+        """One layer, as methods see it, with or without copies in its spare slots; layers count from 0."""
         if not 0 <= index < self.num_layers:
             raise InvalidInput(f"layer: found {index}, expected 0 to {self.num_layers - 1}")
         topk: Experts | None = None
@@ -254,6 +254,7 @@ class Problem:
             topk=topk,
             key=None if self.routes is None else self.routes.key,
             num_groups=self.num_groups,
+            copies=copies,
             rules=self.rules[index],
         )
 

@@ -211,7 +211,7 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
     if initial is not None and (layer.rules is None or layer.rules.keeps(initial)):
         (less, cheaper, cooler), its = judged(layer, initial)
         if (less, cheaper) < (excess, cost):
-            placed, table, cost, heat = replace(placed, slots=initial), its, cheaper, cooler
+            placed, table, cost, heat = replace(placed, slots=initial, notes=()), its, cheaper, cooler
     return _Done(
         index=layer.index,
         placed=replace(placed, table=table),

@@ -18,6 +18,7 @@ from placer import Budget, Model, Placement, Problem, Result, Trace, evaluate, s
 from placer.allotment import candidates, even_slots, relabelled, resized, thinned
 from placer.errors import Infeasible, InvalidInput
 from placer.knapsack import knapsack
+from placer.tables import judged
 from tests.instances import noisy_trace, problem
 
 TOY = Model(name="toy", hidden_size=1000, expert_width=1000)  # 6 MB an expert
@@ -308,3 +309,23 @@ def test_what_cannot_be_is_refused_in_one_line(file: Path, arguments: tuple[obje
     outcome = placer("solve", file, *MACHINE, *arguments)
     assert (outcome.code, outcome.err.count("\n")) == (2, 1)
     assert words in outcome.err
+
+
+def test_layers_above_their_caps_are_named_and_no_unit_is_heaped() -> None:
+    """Two hot experts; of their copies one alone would put both on one unit."""
+    rng = np.random.default_rng(0)
+    topk = np.array([[rng.choice([0, 1]), 2 + rng.integers(6)] for _ in range(400)])
+    trace = Trace(topk_idx=np.stack([topk, topk], axis=1), num_experts=8)
+    posed = problem(trace, "1x4x1", max_load=1.05)
+    solved = shared_out(posed, "auto", copies=1, budget=Budget(seconds=None, rounds=2))
+    single = solve(posed, "auto", budget=Budget(seconds=None, rounds=2))
+    width = max(candidates(posed, 1))  # under whose caps layers are compared
+    layers = [replace(posed, slots_per_rank=width).layer(at, copies=True) for at in (0, 1)]
+    rows = [resized(row, 4, width) for row in solved.placement.physical_to_logical]
+    heats = [judged(layer, row)[0] for layer, row in zip(layers, rows, strict=True)]
+    above = sum(excess > 0 for excess, _, _ in heats)
+    assert above > 0
+    assert any(note.startswith(f"load is above the caps in {above} of 2 layers") for note in solved.notes)
+    alone = [posed.layer(at).judge(single.placement.physical_to_logical[at])[2] for at in (0, 1)]
+    assert max(heat for _, _, heat in heats) <= max(alone) + 1e-9
+    assert {(row["layer"], row["asked"]) for row in solved.caps_raised} <= {(0, 1.05), (1, 1.05)}

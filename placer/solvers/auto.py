@@ -29,6 +29,7 @@ handles = frozenset({"caps", "copies", "levels", "pins"})
 START, SHARE = 4, 0.3  # rounds of search for where copies begin, and of the time that it may take
 NEAR = 1.05  # copies of other methods are judged unless a sample of tokens costs so much more than with ours
 
+NO_TIME = "time ran out before copies were searched for: a longer --time-limit finds better ones"
 SPARE_UNUSED = "spare slots stay empty: under constraints no copies are made"
 
 
@@ -45,7 +46,11 @@ def place(layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: Occu
     if spare and copies.suits(layer) and clock.rounds is None:
         begun = replace(clock, rounds=START, deadline=time.monotonic() + SHARE * clock.remaining)
     placed = place_single(single, rng=rng, clock=begun, initial=initial)
-    return placed if not spare or clock.expired else _with_copies(layer, placed, rng, clock)
+    if not spare:
+        return placed
+    if clock.expired:
+        return replace(placed, notes=(*placed.notes, NO_TIME)) if copies.suits(layer) else placed
+    return _with_copies(layer, placed, rng, clock)
 
 
 def _within_rules(layer: Layer, rng: np.random.Generator, clock: Clock, initial: Occupant | None) -> Placed:
@@ -68,7 +73,8 @@ def _with_copies(layer: Layer, placed: Placed, rng: np.random.Generator, clock: 
         if (judgement := judged(layer, other))[0] < value:
             best, (value, table) = other, judgement
     kept = placed if best is placed.slots else Placed(slots=best)
-    return replace(kept, table=table, rounds=placed.rounds + runs)
+    notes = (*placed.notes, NO_TIME) if runs == 0 and copies.suits(layer) else placed.notes
+    return replace(kept, table=table, rounds=placed.rounds + runs, notes=notes)
 
 
 def _others(
