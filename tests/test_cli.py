@@ -472,6 +472,15 @@ def test_check_warns_of_an_expert_twice_on_one_gpu(tmp_path: Path) -> None:
     assert "layer 0, rank 0, expert 0" in outcome.err
 
 
+def test_check_says_how_many_copies_the_layers_have(tmp_path: Path) -> None:
+    slots = np.array([[0, 1, 2, 3, 0, 1], [0, 1, -1, 2, 3, -1]])
+    placed = Placement(physical_to_logical=slots, num_experts=4, shape=(1, 2, 1))
+    placed.save(tmp_path / "uneven.json")
+    assert "0 to 2 a layer; at most 2 slots" in placer("check", tmp_path / "uneven.json").stdout
+    replace(placed, physical_to_logical=slots[:1], layer_ids=(0,)).save(tmp_path / "even.json")
+    assert "2 a layer; at most 2 slots" in placer("check", tmp_path / "even.json").stdout
+
+
 def test_check_refuses_a_placement_of_another_trace(placement: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.npz"
     noisy_trace(layers=3, tokens=20).save(other)

@@ -133,11 +133,12 @@ def _text(name: str, placed: Placement, trace: str | None, memory: str) -> str:
     from placer.placement import format_shape
 
     empty = int((placed.physical_to_logical < 0).sum())
-    spare = placed.num_slots - placed.num_experts
     copies = "none"
     if placed.has_copies:
-        count = spare - empty / placed.num_layers
-        copies = f"{count:.4g} a layer; at most {placed.replica_count.max()} slots hold the same expert"
+        each = (placed.physical_to_logical >= 0).sum(axis=1) - placed.num_experts
+        few, many = int(each.min()), int(each.max())
+        number = f"{few}" if few == many else f"{few} to {many}"
+        copies = f"{number} a layer; at most {placed.replica_count.max()} slots hold the same expert"
     made = placed.provenance
     facts = [
         ("shape", f"{format_shape(placed.shape)} (racks x servers x GPUs), {placed.num_ranks} ranks"),
