@@ -476,9 +476,9 @@ def test_check_says_how_many_copies_the_layers_have(tmp_path: Path) -> None:
     slots = np.array([[0, 1, 2, 3, 0, 1], [0, 1, -1, 2, 3, -1]])
     placed = Placement(physical_to_logical=slots, num_experts=4, shape=(1, 2, 1))
     placed.save(tmp_path / "uneven.json")
-    assert "0 to 2 a layer; at most 2 slots" in placer("check", tmp_path / "uneven.json").stdout
+    assert "0 to 2 a layer; at most 2 slots" in placer("check", tmp_path / "uneven.json").out
     replace(placed, physical_to_logical=slots[:1], layer_ids=(0,)).save(tmp_path / "even.json")
-    assert "2 a layer; at most 2 slots" in placer("check", tmp_path / "even.json").stdout
+    assert "2 a layer; at most 2 slots" in placer("check", tmp_path / "even.json").out
 
 
 def test_check_refuses_a_placement_of_another_trace(placement: Path, tmp_path: Path) -> None:
