@@ -168,11 +168,12 @@ class _Tally:
 
         topk = np.ascontiguousarray(ids, dtype=np.int32)
         self.experts += np.bincount(topk[topk >= 0], minlength=len(self.experts))
+        each = np.ones(len(topk), np.int64)
         if self.simple:
-            count_touched(topk, self.units, self.touched)
+            count_touched(topk, each, self.units, self.touched)
             return
         counters = (self.touched, self.remote, self.load, *self.ways)
-        add_flows(topk, homes, self.aimed, self.size, self.server, *counters)
+        add_flows(topk, each, homes, self.aimed, self.size, self.server, *counters)
 
     def follow(
         self,

@@ -26,7 +26,8 @@ SAMPLE = 3_000  # distinct expert sets that the hot part of a run sees
 CHUNKS, FINAL = 12, 3  # parts of a run, and those of them at its end that see all tokens
 MOVES = 12  # proposals of a chunk in the first run, for each slot
 RUNS, LONGER = 4, 8  # runs at most, unless rounds are asked for, and how much longer each is than the last
-FITTING = 0.8  # of the time left may be taken by a run, by what the last one took
+FITTING = 0.8  # of the time left, at most, goes to a run, by what the last one took
+HASTE = 0.5  # of the time left, at most, goes to the chunks of a run that see a sample: moves are fewer where need be
 HOT, COLD = 0.12, 2.4e-3  # temperatures: touched units, as a share of the tokens of a mean expert
 CHOICE = 4  # moves drawn at a time, of which the best by pairs is tried
 PENALTY, STEEPER, FLATTER = 1.0, 1.5, 1.2  # touched units for a token above a cap, and how that is adapted
@@ -93,9 +94,13 @@ def _annealed(
     content = _shared(layer, start)
     level = layer.unit_slots.index(start.shape[1])
     loads, penalty, bias = _loads(layer), PENALTY, np.zeros(len(content))
+    begun = time.monotonic()
     for chunk in range(CHUNKS + REPAIRS):
         if clock.expired:
             return content if chunk >= CHUNKS - FINAL else None
+        if chunk == 1 and clock.rounds is None:  # else the same rounds are the same work
+            takes = (CHUNKS - FINAL) * (time.monotonic() - begun)
+            moves = max(layer.num_slots, int(min(moves, moves * HASTE * clock.remaining / takes)))
         seen = small if chunk < CHUNKS - FINAL else layer
         hot, cold = (HOT * (COLD / HOT) ** (min(x, CHUNKS) / CHUNKS) for x in (chunk, chunk + 1))
         draws = rng.random((moves, 2 + 2 * CHOICE))

@@ -120,6 +120,7 @@ def incidence(
     num_ranks: int,
     unit_ranks: tuple[int, ...],
     server: int,
+    weights: npt.NDArray[np.int64] | None = None,
 ) -> Incidence:
     """Count one layer, homes uniform.
 
@@ -133,35 +134,41 @@ def incidence(
         Ranks in one unit of each level, inside out.
     server : int
         Position of the level ``server``.
+    weights : (num_tokens,) int64, optional
+        How many tokens each row of `topk` stands for; one each by default.
     """
     from placer.search.counting import count_touched, expect_counts
 
     size = np.array(unit_ranks, np.int64)
+    each = np.ones(len(topk), np.int64) if weights is None else weights
+    picks = np.bincount(
+        topk[topk >= 0], np.broadcast_to(each[:, None], topk.shape)[topk >= 0], aimed.number.shape[1]
+    )
     if aimed.rank_of is None:
         touched, remote, load = (np.zeros((len(size), num_ranks)) for _ in range(3))
         if not aimed.cover:
-            expect_counts(topk, aimed.candidates, aimed.number, *_kinds(aimed), size, touched, remote)
-            picks = np.bincount(topk[topk >= 0], minlength=aimed.number.shape[1])
+            expect_counts(topk, each, aimed.candidates, aimed.number, *_kinds(aimed), size, touched, remote)
             load = shared_load(picks, aimed, num_ranks=num_ranks, unit_ranks=unit_ranks)
             return Incidence(touched=touched, remote=remote, load=load)
         pairs = np.zeros((3, num_ranks, unit_ranks[server]))
         ports = np.zeros((3, len(size), num_ranks))
         everywhere = np.zeros(0, np.int32)
-        add_flows(topk, everywhere, aimed, size, server, touched, remote, load, pairs, ports, ports.copy())
+        add_flows(
+            topk, each, everywhere, aimed, size, server, touched, remote, load, pairs, ports, ports.copy()
+        )
         return Incidence(touched=touched, remote=remote, load=load)
     units = (aimed.rank_of[None, :] // size[:, None]).astype(np.int32)
     counts = np.zeros((len(size), num_ranks), np.int64)
-    count_touched(topk, units, counts)
-    used = np.bincount(topk[topk >= 0], minlength=units.shape[1]).astype(np.float64)
+    count_touched(topk, each, units, counts)
     return Incidence(
         touched=counts.astype(np.float64),
         remote=counts * (1.0 - size[:, None] / num_ranks),
-        load=loads(used, units, num_ranks),
+        load=loads(picks, units, num_ranks),
     )
 
 
 def shared_load(
-    picks: npt.NDArray[np.int64], aimed: Targets, *, num_ranks: int, unit_ranks: tuple[int, ...]
+    picks: npt.NDArray[np.integer] | Floats, aimed: Targets, *, num_ranks: int, unit_ranks: tuple[int, ...]
 ) -> Floats:
     """Choices served in each unit, (num_levels, num_ranks), homes uniform, from those of each expert.
 
@@ -185,6 +192,7 @@ def _kinds(aimed: Targets) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]
 
 def add_flows(
     topk: npt.NDArray[np.signedinteger],
+    weights: npt.NDArray[np.int64],
     homes: npt.NDArray[np.int32],
     aimed: Targets,
     size: npt.NDArray[np.int64],
@@ -204,7 +212,7 @@ def add_flows(
         raise InvalidInput(
             f"replica choice 'cover': found {topk.shape[1]} experts a token, expected at most {LARGEST_COVER}"
         )
-    expect_flows(topk, homes, aimed.candidates, aimed.number, size, server, aimed.cover, *counters)
+    expect_flows(topk, weights, homes, aimed.candidates, aimed.number, size, server, aimed.cover, *counters)
 
 
 def loads(

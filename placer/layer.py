@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from placer.batches import activations, uses_by_step
 from placer.errors import InvalidInput
 from placer.incidence import Incidence, Targets, incidence, shared_load, targets
 from placer.rules import Rules
@@ -50,13 +51,17 @@ class Layer:
     margin : float
         How much the cap is tightened inside the search.
     load : (num_experts,) int64
-        Tokens that use each expert.
+        Tokens that use each expert: what costs count.
+    activations : (num_experts,) int64, optional
+        Steps in which each expert is used, where caps are to count these (see `heat`).
     pair_counts : (num_experts, num_experts) int64, optional
         Tokens that use both experts, where they are already counted.
     topk : (num_tokens, top_k) int16 or int32, optional
         Experts of each token, -1 = none; None when only counts are known.
     key : (num_tokens,) uint64, optional
         Sequence key of each token (see `placer.traffic.Routes`), for splits.
+    step : (num_tokens,) integer, optional
+        Engine step of each token.
     num_groups : int
         Gate groups of consecutive experts.
     copies : bool
@@ -76,9 +81,11 @@ class Layer:
     max_load: float | None
     margin: float
     load: Ints
+    activations: Ints | None = None
     pair_counts: Ints | None = None
     topk: Experts | None = None
     key: npt.NDArray[np.uint64] | None = None
+    step: npt.NDArray[np.integer] | None = None
     num_groups: int = 1
     copies: bool = False
     rules: Rules | None = None
@@ -178,10 +185,15 @@ class Layer:
         count_pairs(tokens, (0,) * tokens.shape[1], table.reshape(-1))
         return table.astype(np.int64) + table.T
 
+    @property
+    def heat(self) -> Ints:
+        """Load of each expert as caps count it, (num_experts,) int64: tokens, or `activations` where given."""
+        return self.load if self.activations is None else self.activations
+
     @cached_property
     def expert_load(self) -> Floats:
-        """`load` followed by zeros for the placeholders, (num_slots,) float64."""
-        return np.pad(self.load.astype(np.float64), (0, self.num_slots - self.num_experts))
+        """`heat` followed by zeros for the placeholders, (num_slots,) float64."""
+        return np.pad(self.heat.astype(np.float64), (0, self.num_slots - self.num_experts))
 
     def split(self) -> tuple[Layer, Layer]:
         """Two halves by sequence, each a layer of its own with its own caps and no margin.
@@ -200,25 +212,39 @@ class Layer:
     def sample(self, sets: int) -> Layer:
         """This layer through every n-th of its tokens, with about `sets` to twice as many distinct expert sets.
 
-        All sequences are represented; a layer of fewer sets is returned as it is.
+        All sequences are represented; a layer of fewer sets is returned as it is. Activations stay those of all
+        tokens, since they do not shrink in proportion.
         """
         stride = len(self.distinct[0]) // sets
         if stride <= 1:
             return self
         keep = np.zeros(len(self.tokens), bool)
         keep[::stride] = True
-        return replace(self._part(keep), margin=self.margin)
+        return replace(self._part(keep), margin=self.margin, activations=self.activations)
 
     def _part(self, keep: npt.NDArray[np.bool_]) -> Layer:
         key = None if self.key is None else self.key[keep]
+        step = None if self.step is None else self.step[keep]
         topk = self.tokens[keep]
         load = np.bincount(topk[topk >= 0], minlength=self.num_experts).astype(np.int64)
-        return replace(self, topk=topk, key=key, load=load, pair_counts=None, margin=0.0)
+        active = None
+        if self.activations is not None and step is not None:
+            active = activations(uses_by_step(topk, step, self.num_experts))
+        return replace(
+            self,
+            topk=topk,
+            key=key,
+            step=step,
+            load=load,
+            activations=active,
+            pair_counts=None,
+            margin=0.0,
+        )
 
     # -- judging an arrangement --------------------------------------------------------------------------
 
     def score(self, slots: Occupant, table: Occupant | None = None) -> tuple[float, float]:
-        """(load above the caps in tokens, seconds of all tokens) of a slot array, copies included: least is best.
+        """(load above the caps, seconds of all tokens) of a slot array, copies included: least is best.
 
         `table` is that of the dispatch rule "table". With counts only, the load is `expected_load` and the
         seconds are 0.
@@ -227,30 +253,33 @@ class Layer:
 
     def judge(self, slots: Occupant, table: Occupant | None = None) -> tuple[float, float, float]:
         """`score`, and load over mean of the busiest unit at the worst level that placement can change, or 1."""
-        seconds, load = 0.0, self.expected_load(slots) if self.topk is None else None
-        if load is None:
+        if self.topk is None:
+            seconds, load = 0.0, self.expected_load(slots)
+        else:
             counts = self.counts(slots, table)
-            seconds, load = float(counts.remote.sum(axis=1) @ np.array(self.seconds)), counts.load
+            seconds = float(counts.remote.sum(axis=1) @ np.array(self.seconds))
+            load = counts.load if self.activations is None else self.expected_load(slots)
         loads = [row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)]
         over = sum(float(np.maximum(row - cap, 0.0).sum()) for row, cap in zip(loads, self.caps, strict=True))
         swappable = [loads[level] for level in self.levels if loads[level].any()]
-        heat = max((float(load.max() / load.mean()) for load in swappable), default=1.0)
-        return round(over, 6), seconds, heat
+        peak = max((float(load.max() / load.mean()) for load in swappable), default=1.0)
+        return round(over, 6), seconds, peak
 
     def counts(self, slots: Occupant, table: Occupant | None = None) -> Incidence:
         """Tokens against units for a slot array, copies included."""
         aimed, server = self._aimed(slots, self.rule, table), self.unit_ranks.index(self.server_ranks)
+        sets, number = self.distinct
         return incidence(
-            self.tokens, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks, server=server
+            sets, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks, server=server, weights=number
         )
 
     def expected_load(self, slots: Occupant) -> Floats:
-        """Load of every unit, tokens, (num_levels, num_ranks), for a slot array, from the load of experts alone.
+        """Load of every unit, (num_levels, num_ranks), for a slot array, from the `heat` of experts alone.
 
         Exact under the rules "nearest" and "spread"; under others copies are taken to share an expert's load evenly.
         """
         aimed = self._aimed(slots, "nearest" if self.rule == "nearest" else "spread")
-        return shared_load(self.load, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks)
+        return shared_load(self.heat, aimed, num_ranks=self.num_ranks, unit_ranks=self.unit_ranks)
 
     def _aimed(self, slots: Occupant, rule: str, table: Occupant | None = None) -> Targets:
         return targets(
@@ -271,16 +300,16 @@ class Layer:
         return self.cost_of(sum_touched(self.tokens, units, self.weights_of_levels))
 
     def excess(self, occupant: Occupant) -> float:
-        """Load above the caps for an occupant array, tokens summed over units and levels."""
+        """Load above the caps for an occupant array, summed over units and levels."""
         over = 0.0
         for slots, cap in zip(self.unit_slots, self.caps, strict=True):
             over += float(np.maximum(self.unit_load(occupant, slots) - cap, 0.0).sum())
         return over
 
     def unit_load(self, occupant: Occupant, slots: int) -> Floats:
-        """Load of every unit of `slots` slots, tokens."""
-        heat: Floats = self.expert_load[occupant].reshape(-1, slots).sum(axis=1)
-        return heat
+        """Load of every unit of `slots` slots, as caps count it."""
+        load: Floats = self.expert_load[occupant].reshape(-1, slots).sum(axis=1)
+        return load
 
     @property
     def tokens(self) -> Experts:
@@ -304,7 +333,7 @@ class Layer:
 
     @cached_property
     def least_load(self) -> Floats:
-        """Load of the busiest unit of each level, tokens, (num_levels,), where load alone counts."""
+        """Load of the busiest unit of each level, (num_levels,), where load alone counts."""
         from placer.caps import least_load
 
         return least_load(self)
@@ -316,7 +345,7 @@ class Layer:
 
     @cached_property
     def caps(self) -> Floats:
-        """Cap of each level, tokens, (num_levels,); inf where there is none."""
+        """Cap of each level, in units of `heat`, (num_levels,); inf where there is none."""
         from placer.caps import caps
 
         return caps(self, self.cap_factor)

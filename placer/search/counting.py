@@ -53,10 +53,11 @@ def count_transitions(here, there, transitions):
 
 
 @kernel
-def count_touched(tokens, unit_of_expert, touched):
+def count_touched(tokens, weights, unit_of_expert, touched):
     """Add to `touched` (levels, units) how many tokens touch each unit; one copy of each expert.
 
-    Parameters: tokens (n, top_k) integer, negative or >= E dropped; unit_of_expert (levels, E) int32.
+    Parameters: tokens (n, top_k) integer, negative or >= E dropped; weights (n,), each as often as so many tokens;
+    unit_of_expert (levels, E) int32.
     """
     levels, experts = unit_of_expert.shape
     seen = np.full(touched.shape, -1, np.int64)
@@ -69,20 +70,21 @@ def count_touched(tokens, unit_of_expert, touched):
                 u = unit_of_expert[level, e]
                 if seen[level, u] != t:
                     seen[level, u] = t
-                    touched[level, u] += 1
+                    touched[level, u] += weights[t]
 
 
 @kernel
 def expect_flows(
-    tokens, homes, candidates, num_candidates, size, server, cover, touched, remote, load, pairs, out, into
-):
+    tokens, weights, homes, candidates, num_candidates, size, server, cover,
+    touched, remote, load, pairs, out, into,
+):  # fmt: skip
     """Expected touched units, loads and vectors over link directions, for homes and copies of any kind.
 
     For home h and expert e, `candidates[h, e, :num_candidates[h, e]]` are the ranks whose copies the dispatch rule
     may pick, each with equal chance and independently of the token's other experts; one row serves all homes. A
     unit is touched with chance ``1 - prod(1 - chance of each expert)``. With `cover`, experts that have no copy in
     the home's server go where `plan_cover` (of `placer.search.covering`) sends them instead. Without `homes` every
-    rank is the home of every token with equal chance.
+    rank is the home of every token with equal chance. Each of `tokens` (n, top_k) counts as `weights` (n,) of them.
 
     Adds, per level and unit: `touched` units, `remote` ones (home elsewhere), picks `load`; and for three ways of
     sending, as in `placer.flows.Flows`, to `pairs` (3, ranks, GPUs of a server), `out` and `into` (3, levels,
@@ -105,8 +107,8 @@ def expect_flows(
     length = np.zeros(plans[:2], np.int64)
     where, chances = np.zeros(plans, np.int64), np.zeros(plans, np.float64)
     everywhere = homes.shape[0] == 0
-    share = 1.0 / ranks if everywhere else 1.0
     for t in range(tokens.shape[0]):
+        share = weights[t] / ranks if everywhere else float(weights[t])
         first, last = (0, ranks) if everywhere else (homes[t], homes[t] + 1)
         planned[:] = np.uint64(0)
         for home in range(first, last):
@@ -193,7 +195,7 @@ def expect_flows(
 
 
 @kernel
-def expect_counts(tokens, candidates, num_candidates, kind_of, num_kinds, size, touched, remote):
+def expect_counts(tokens, weights, candidates, num_candidates, kind_of, num_kinds, size, touched, remote):
     """The `touched` and `remote` of `expect_flows`, homes uniform, without flows and covers.
 
     Homes for which a token's experts have the same candidates are counted together: `kind_of` (homes, E) is equal
@@ -235,8 +237,9 @@ def expect_counts(tokens, candidates, num_candidates, kind_of, num_kinds, size, 
             for home in range(ranks):
                 for level in range(levels):
                     inside[kind[home], level, unit_of[level, home]] += 1
+        each = weights[t] / ranks
         for k in range(kinds):
-            home, share = first[k], homes[k] / ranks
+            home, share = first[k], homes[k] * each
             for level in range(levels):
                 n = 0
                 for j in range(width):
@@ -265,7 +268,7 @@ def expect_counts(tokens, candidates, num_candidates, kind_of, num_kinds, size, 
                     u = seen[x]
                     own = everywhere[level, u] if kinds == 1 else inside[k, level, u]
                     touched[level, u] += (1.0 - miss[u]) * share
-                    remote[level, u] += (1.0 - miss[u]) * (homes[k] - own) / ranks
+                    remote[level, u] += (1.0 - miss[u]) * (homes[k] - own) * each
                     miss[u] = 1.0
         if kinds > 1:
             for home in range(ranks):
