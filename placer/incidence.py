@@ -163,12 +163,12 @@ def incidence(
     return Incidence(
         touched=counts.astype(np.float64),
         remote=counts * (1.0 - size[:, None] / num_ranks),
-        load=loads(picks, units, num_ranks),
+        load=loads(picks.astype(np.float64), units, num_ranks),
     )
 
 
 def shared_load(
-    picks: npt.NDArray[np.integer] | Floats, aimed: Targets, *, num_ranks: int, unit_ranks: tuple[int, ...]
+    picks: npt.NDArray[np.integer | np.floating], aimed: Targets, *, num_ranks: int, unit_ranks: tuple[int, ...]
 ) -> Floats:
     """Choices served in each unit, (num_levels, num_ranks), homes uniform, from those of each expert.
 

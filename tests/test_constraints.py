@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from instances import noisy_trace, problem
 from terminal import Outcome, placer
@@ -232,7 +232,7 @@ def test_no_constraint_is_ever_broken(data: st.DataObject, case: tuple[Shape, in
     try:
         posed = replace(posed, constraints=rules)
     except (Infeasible, InvalidInput):
-        return
+        reject()
     result = solve(posed, method, budget=QUICK)
     assert violations(rules, result.placement) == set()
     layers = [posed.layer(index) for index in range(2)]
@@ -246,10 +246,7 @@ def test_repairs_keep_the_rules_and_leave_alone_what_keeps_them(
     data: st.DataObject, case: tuple[Shape, int], seed: int
 ) -> None:
     shape, slots = case
-    try:
-        layer = layer_of(shape, slots, data.draw(some_rules(shape, slots, 16, most=6)))
-    except (Infeasible, InvalidInput):
-        return
+    layer = layer_under(data, shape, slots)
     rng = np.random.default_rng(seed)
     begun = rng.permutation(layer.num_slots).astype(np.int32)
     ended = layer.repaired(begun, rng)
@@ -258,6 +255,14 @@ def test_repairs_keep_the_rules_and_leave_alone_what_keeps_them(
     assert layer.repaired(ended, rng) is ended
     assert layer.rules.keeps(layer.reference)
     assert layer.excess(layer.reference) == 0
+
+
+def layer_under(data: st.DataObject, shape: Shape, slots: int) -> Layer:
+    """A layer under random rules that can be kept."""
+    try:
+        return layer_of(shape, slots, data.draw(some_rules(shape, slots, 16, most=6)))
+    except (Infeasible, InvalidInput):
+        reject()
 
 
 def layer_of(shape: Shape, slots: int, rules: Constraints) -> Layer:
@@ -309,10 +314,7 @@ def test_barred_are_all_swaps_that_would_break_a_rule_and_no_others(
     data: st.DataObject, case: tuple[Shape, int], seed: int
 ) -> None:
     shape, slots = case
-    try:
-        layer = layer_of(shape, slots, data.draw(some_rules(shape, slots, 16, most=6)))
-    except (Infeasible, InvalidInput):
-        return
+    layer = layer_under(data, shape, slots)
     rng = np.random.default_rng(seed)
     occupant = layer.repaired(rng.permutation(layer.num_slots).astype(np.int32), rng)
     barred = np.zeros((layer.num_slots, layer.num_slots), bool)

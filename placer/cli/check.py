@@ -102,7 +102,9 @@ def command(
     }
     text = _text(placement, placed, trace, _memory(gpu_memory, held))
     if constraints is not None:
-        text += f"\n  {'constraints':12} {len(broken) or 'none'} broken, of {len(constraints.entries)}"
+        rules = len({violation.rule for violation in broken})
+        text += f"\n  {'constraints':12} {rules or 'none'} broken, of {len(constraints.entries)}"
+        text += f", in {len(broken)} places" if broken else ""
     options.show(document, text, as_json)
     for violation in broken:
         click.echo(f"Error: {violation}", err=True)
@@ -153,6 +155,10 @@ def _text(name: str, placed: Placement, trace: str | None, memory: str) -> str:
         ("dispatch", placed.rule + (", with a table" if placed.table is not None else "")),
     ]
     if made:
-        facts.append(("made by", ", ".join(f"{key} {value}" for key, value in made.items())))
-    heading = f"{name}: valid" + ("" if trace is None else f", and fits {trace}")
+        facts.append(("made by", ", ".join(f"{key} {_brief(value)}" for key, value in made.items())))
+    heading = f"{name}: a valid file" + ("" if trace is None else f", and fits {trace}")
     return "\n".join([heading, *(f"  {key:12} {value}" for key, value in facts)])
+
+
+def _brief(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
