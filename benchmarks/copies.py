@@ -1,7 +1,7 @@
 """What copies buy: ``python -m benchmarks.copies --traces DIR``.
 
-Every case is solved by `eplb` and by `auto` on a part of its sequences and scored on the others, at the same number of
-spare slots. Writes a page, case by case.
+Every case is solved by `eplb` (load alone), by `greedy` (traffic alone) and by `auto`, on a part of its
+sequences and scored on the others, at the same number of spare slots. Writes a page, case by case.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ CASES = (
 
 
 def rows(case: Case, trace: Trace, jobs: int) -> Iterator[tuple[str, ...]]:
-    """Cells of the rows of a case, after its name: no copies, `eplb`, and `auto` for every rule."""
+    """Cells of the rows of a case, after its name: no copies, then `eplb`, `greedy` and `auto` for every rule."""
     fit, unseen = trace.split(case.share)
     machine = Topology.load("dgx-h100").with_shape(case.shape)
     for rule, method, redundant in (
         (case.rules[0], "auto", 0),
-        *((rule, method, case.redundant) for rule in case.rules for method in ("eplb", "auto")),
+        *((rule, method, case.redundant) for rule in case.rules for method in ("eplb", "greedy", "auto")),
     ):
         problem = Problem.from_trace(
             fit,
@@ -88,7 +88,7 @@ def rows(case: Case, trace: Trace, jobs: int) -> Iterator[tuple[str, ...]]:
             f"{fit.num_tokens:,} + {unseen.num_tokens:,} x {trace.num_layers}",
             rule if redundant else "-",
             method if redundant else f"{method}, no copies",
-            "-" if method == "eplb" or case.max_load is None else f"{case.max_load:.2f}",
+            "-" if method != "auto" or case.max_load is None else f"{case.max_load:.2f}",
             f"{result.seconds:.0f}",
             *_measured(result.placement, fit, unseen, machine),
         )

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -8,7 +11,8 @@ from hypothesis import strategies as st
 
 from placer.clock import Clock
 from placer.errors import InvalidInput
-from placer.layer import Layer
+from placer.hierarchy import top_down_by_pairs
+from placer.layer import Ints, Layer
 from placer.problem import Problem
 from placer.solvers import eplb, greedy, lpt, random, round_robin, spectral
 from placer.topology import Topology
@@ -235,10 +239,10 @@ def test_blocks_within_blocks_are_found_at_every_level(method: object) -> None:
         assert units(slots, size) == {frozenset(block) for block in blocks}
 
 
-@pytest.mark.parametrize("method", GROUPINGS)
-def test_spare_slots_stay_empty_and_spread_evenly(method: object) -> None:
+@pytest.mark.parametrize("divide", [greedy.grow, partial(spectral.cut, rng=np.random.default_rng(0))])
+def test_spare_slots_stay_empty_and_spread_evenly(divide: Callable[[Ints, Ints], Ints]) -> None:
     layer = layer_of(uniform(10), 10, "2x2x2", redundant=14)
-    slots = placed(method, layer)
+    slots = top_down_by_pairs(layer, divide)
     held = (slots >= 0).reshape(8, 3)
     assert sorted(held.sum(axis=1)) == [1] * 6 + [2] * 2
     assert held.reshape(2, -1).sum(axis=1).tolist() == [5, 5]
@@ -258,7 +262,36 @@ def test_groupings_place_every_expert_once_whatever_the_sizes(method: object, da
     tokens = uniform(used, top_k, tokens=data.draw(st.integers(1, 30)), seed=data.draw(st.integers(0, 9)))
     layer = layer_of(tokens, num_experts, "x".join(map(str, shape)), redundant=slots_in_all - num_experts)
     slots = placed(method, layer)
-    assert sorted(slots[slots >= 0].tolist()) == list(range(num_experts))
+    assert sorted(set(slots[slots >= 0].tolist())) == list(range(num_experts))
+    assert method is greedy or (slots >= 0).sum() == num_experts
+    assert empty_ends(slots, layer.slots_per_rank)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from(["1x4x1", "1x2x2", "1x1x3", "2x2x1"]),
+    spare=st.integers(0, 4),
+    seed=st.integers(0, 99),
+)
+def test_greedy_copies_are_those_used_most_with_what_a_server_holds(
+    shape: str, spare: int, seed: int
+) -> None:
+    ranks = int(np.prod([int(n) for n in shape.split("x")]))
+    layer = layer_of(uniform(6, tokens=30, seed=seed), 6, shape, redundant=-6 % ranks + spare * ranks)
+    width = layer.slots_per_rank * (layer.server_ranks if layer.server_ranks < ranks else 1)
+    bare = layer.slots(layer.linear())
+    held = [list(row[row >= 0]) for row in bare.reshape(-1, width)]
+    while any(len(row) < min(width, 6) for row in held):
+        gains = {
+            (-int(layer.pairs[expert, row].sum()), unit, expert): row
+            for unit, row in enumerate(held)
+            for expert in range(6)
+            if len(row) < width and expert not in row
+        }
+        gains[min(gains)].append(min(gains)[2])
+    slots = greedy.copied(layer, bare)
+    assert units(slots, width) == {frozenset(row) for row in held}
+    assert (slots.reshape(-1, width)[bare.reshape(-1, width) >= 0] == bare[bare >= 0]).all()
     assert empty_ends(slots, layer.slots_per_rank)
 
 
