@@ -386,6 +386,8 @@ class Trace:
         try:
             with zipfile.ZipFile(path) as archive:
                 present = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
+                if "topk_idx" not in present and {"load", "meta"} <= present:
+                    raise InvalidInput("holds loads only (counts); expected a trace with topk_idx")
                 for key in ("topk_idx", "meta"):
                     if key not in present:
                         raise InvalidInput(f"no array {key}; expected topk_idx and meta")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -94,6 +95,22 @@ def handling(limit: str) -> list[str]:
     for name in names():
         with contextlib.suppress(ImportError):
             if limit in method(name).handles:
+                found.append(name)
+    return found
+
+
+def needing(statistics: Collection[str]) -> list[str]:
+    """The methods that need no other statistics than these, of those whose packages are installed.
+
+    Examples
+    --------
+    >>> needing({"load"})
+    ['auto', 'eplb', 'linear', 'lpt', 'random', 'round_robin']
+    """
+    found = []
+    for name in names():
+        with contextlib.suppress(ImportError):
+            if method(name).needs <= set(statistics):
                 found.append(name)
     return found
 
