@@ -80,6 +80,44 @@ def steps(
     return PHASES[phase](turn, position, lengths, size).astype(np.int32)
 
 
+def uses_by_step(
+    topk: NDArray[np.signedinteger], step: NDArray[np.integer], num_experts: int
+) -> NDArray[np.int64]:
+    """Tokens of every step that use each expert, ``(num_steps, num_experts)``, steps ascending.
+
+    Parameters
+    ----------
+    topk
+        Experts of each token in one layer, ``(num_tokens, top_k)``, -1 = none.
+    step
+        The step in which each token runs, ``(num_tokens,)``.
+    num_experts
+        Logical experts.
+
+    Examples
+    --------
+    Both tokens of step 5 use expert 0, whose weights that step reads once:
+
+    >>> uses = uses_by_step(np.array([[0, 1], [0, 2], [2, -1]]), np.array([5, 5, 9]), 3)
+    >>> uses.tolist(), activations(uses).tolist()
+    ([[2, 1, 1], [0, 0, 1]], [1, 1, 2])
+    """
+    ids, place = np.unique(step, return_inverse=True)
+    used = topk >= 0
+    key = (place.reshape(-1, 1) * num_experts + topk)[used]
+    return np.bincount(key, minlength=len(ids) * num_experts).reshape(len(ids), num_experts)
+
+
+def activations(uses: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Steps in which at least one token uses each expert, ``(num_experts,)``, from `uses_by_step`.
+
+    In memory-bound decode they are an expert's load: a step reads the weights of every expert that it uses once,
+    however many tokens do.
+    """
+    steps: Ints = np.count_nonzero(uses, axis=0)
+    return steps
+
+
 def arrivals(trace: Trace, seed: int = 0) -> Ints:
     """Place of each token's sequence in a random order of arrival, ``(num_tokens,)``: 0 is the first.
 

@@ -19,6 +19,7 @@ TOLERANCE = 0.02
 def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
     """Cap of every level: ``max(factor * mean, load of the reference arrangement)``.
 
+    Where GPUs differ in speed it is the fastest unit's: all loads are over speeds, and the cap is times its speed.
     The reference meets all levels together, so the caps are jointly feasible (see `least_load`). Units that rules keep
     empty do not count in the mean.
 
@@ -30,27 +31,33 @@ def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
 
     Returns
     -------
-    (num_levels,) float64, tokens; inf where there is no cap.
+    (num_levels,) float64, in units of `Layer.heat`; inf where there is no cap.
     """
     limits = np.full(len(layer.unit_slots), math.inf)
     if factor is None:
         return limits
-    total = float(layer.load.sum())
+    total = float(layer.heat.sum())
     for level, slots in enumerate(layer.unit_slots):
         if slots < layer.num_slots:
             mean = total * slots / layer.num_slots
             if layer.rules is not None:
                 mean /= layer.rules.share_open(slots)
-            limits[level] = max(factor * mean, float(layer.least_load[level]))
+            fastest = float(layer.unit_speeds(level).max())
+            limits[level] = max(factor * mean, float(layer.least_load[level])) * fastest
     return limits
 
 
 def least_load(layer: Layer) -> npt.NDArray[np.float64]:
-    """Load of the busiest unit of each level, tokens, (num_levels,), in one arrangement by load alone.
+    """Load of the busiest unit of each level over its speed, (num_levels,), in one arrangement by load alone.
 
     It is `Layer.reference`, or EPLB's where the layer has copies and these leave its busiest GPU less to do.
     """
-    alone = np.array([layer.unit_load(layer.reference, slots).max() for slots in layer.unit_slots])
+    alone = np.array(
+        [
+            (layer.unit_load(layer.reference, slots) / layer.unit_speeds(level)).max()
+            for level, slots in enumerate(layer.unit_slots)
+        ]
+    )
     if not layer.copies or layer.num_slots == layer.num_experts:
         return alone
     from placer.clock import Clock
@@ -68,11 +75,11 @@ def raised(layer: Layer) -> list[dict[str, float | int | str]]:
     -------
     One ``{"layer", "level", "asked", "cap"}`` per raised cap: the level's position, loads over mean.
     """
-    if layer.max_load is None or layer.load.sum() == 0:
+    if layer.max_load is None or layer.heat.sum() == 0:
         return []
     rows: list[dict[str, float | int | str]] = []
     for level, (slots, cap) in enumerate(zip(layer.unit_slots, caps(layer, layer.max_load), strict=True)):
-        mean = float(layer.load.sum()) * slots / layer.num_slots
+        mean = float(layer.heat.sum()) * slots / layer.num_slots * float(layer.unit_speeds(level).max())
         if math.isfinite(cap) and cap > layer.max_load * mean * (1 + 1e-12):
             rows.append(
                 {"layer": layer.index, "level": level, "asked": layer.max_load, "cap": float(cap / mean)}
@@ -98,11 +105,12 @@ def overshoot(layer: Layer, factor: float) -> float:
         occupant, _ = descend(fit, fit.reference, exact=False, rng=np.random.default_rng(0))
         for level in fit.levels:
             slots = fit.unit_slots[level]
-            mean = float(fit.load.sum()) * slots / fit.num_slots
-            seen = max(float(fit.caps[level]) / mean, 1.0) if mean else 1.0
+            mean = float(fit.heat.sum()) * slots / fit.num_slots
+            speed = fit.unit_speeds(level)
+            seen = max(float(fit.caps[level]) / (mean * speed.max()), 1.0) if mean else 1.0
             heat = unseen.unit_load(occupant, slots)
             if heat.sum() > 0:
-                over.append(float(heat.max() / heat.mean()) - seen)
+                over.append(float((heat / speed).max() / heat.mean()) - seen)
     return float(np.mean(over)) * math.sqrt(0.5) if over else 0.0
 
 

@@ -432,7 +432,11 @@ def _notes(problem: Problem, layers: tuple[LayerBound, ...], whole_groups: bool)
     if problem.max_load is not None:
         notes.append(f"only placements within --max-load {problem.max_load:g} are bounded")
         raised = [cap for layer in layers if (cap := layer.cap) is not None and cap > problem.max_load + 1e-9]
-        if raised:
+        if problem.topology.speeds:
+            notes.append(
+                "GPUs differ in speed, and the cap of the fastest stands for all: the bound holds, if less tight"
+            )
+        elif raised:
             notes.append(
                 f"the cap is raised in {len(raised)} of {len(layers)} layers, to at most {max(raised):.3f}: "
                 "even packing by load alone needs it"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from placer.alltoall import scheme
 from placer.background import Background
+from placer.batches import activations, uses_by_step
 from placer.census import Census, census
 from placer.errors import InvalidInput
 from placer.flows import Floats
@@ -15,6 +17,7 @@ from placer.model import ASSUMED, Model
 from placer.placement import REPLICA_CHOICES, Placement, format_shape
 from placer.problem import DEFAULT_RESERVE
 from placer.report import Report
+from placer.speeds import in_time
 from placer.step import Step
 from placer.timing import GEMM_EFFICIENCY
 from placer.topology import REPORTED, Topology
@@ -119,6 +122,10 @@ def evaluate(
         raise InvalidInput(f"pass: found {passes!r}, expected one of {', '.join(PASSES)}")
     if capacity_factor is not None and not capacity_factor > 0:
         raise InvalidInput(f"capacity factor: found {capacity_factor}, expected more than 0")
+    if best_split and topology.speeds:
+        raise InvalidInput(
+            f"best split: found gpu_speeds in topology {topology.name}, expected GPUs of one speed"
+        )
     priced = scheme(alltoall)
     capacity = (topology.gpu_memories or topology.gpu_memory) if gpu_memory is None else gpu_memory
     held_bytes = worst_gpu_bytes(
@@ -152,6 +159,7 @@ def evaluate(
         assumptions=_assumptions(step, tokens_per_gpu, homes, placement, rule),
         steps=None if trace.step is None else _steps(trace),
         load_per_step=None if trace.step is None else _per_step(placement, trace, topology, held),
+        load_activated=None if trace.step is None else _activated(placement, trace, topology, held),
         **step.price(counted, held, trace.num_tokens, trace.layer_ids),
     )
 
@@ -184,19 +192,14 @@ def _per_step(
 ) -> dict[str, dict[str, float]]:
     """Busiest unit over mean of every step and layer: mean, 99th percentile and maximum; copies share evenly."""
     assert trace.step is not None
-    _, step = np.unique(trace.step, return_inverse=True)
-    number, experts = int(step.max()) + 1, placement.num_experts
     heat: dict[str, list[Floats]] = {name: [] for name in REPORTED}
     for layer, shares in enumerate(held):
-        topk = np.asarray(trace.topk_idx[:, layer]).astype(np.int64)
-        key = (step[:, None] * experts + topk)[topk >= 0]
-        used = np.bincount(key, minlength=number * experts).reshape(number, experts)
-        ranks = used @ shares.T
+        ranks = _uses(trace, layer) @ shares.T
         for name in REPORTED:
             size = topology.unit_sizes[topology.index(name)]
-            load = ranks.reshape(number, -1, size).sum(axis=2)
+            load = ranks.reshape(len(ranks), -1, size).sum(axis=2)
             load = load[load.any(axis=1)]
-            heat[name].append(load.max(axis=1) / load.mean(axis=1))
+            heat[name].append(in_time(load, topology.speeds, size).max(axis=1) / load.mean(axis=1))
     return {
         name: {
             "mean": float(np.mean(rows)) if rows.size else 1.0,
@@ -205,6 +208,30 @@ def _per_step(
         }
         for name, rows in ((name, np.concatenate(parts)) for name, parts in heat.items())
     }
+
+
+def _activated(
+    placement: Placement, trace: Trace, topology: Topology, held: list[Floats]
+) -> dict[str, dict[str, float]] | None:
+    """Busiest unit over mean where load is the steps in which each expert is used; None with copies."""
+    if placement.has_copies:
+        return None
+    ranks = np.stack([shares @ activations(_uses(trace, layer)) for layer, shares in enumerate(held)])
+    found = {}
+    for name in REPORTED:
+        size = topology.unit_sizes[topology.index(name)]
+        load = ranks.reshape(len(ranks), -1, size).sum(axis=2)
+        mean = load.mean(axis=1)
+        slowest = in_time(load, topology.speeds, size).max(axis=1)
+        heat = np.divide(slowest, mean, out=np.ones(len(mean)), where=mean > 0)
+        found[name] = {"max_over_mean": float(heat.mean()), "worst_layer": float(heat.max())}
+    return found
+
+
+def _uses(trace: Trace, layer: int) -> npt.NDArray[np.int64]:
+    return uses_by_step(
+        np.asarray(trace.topk_idx[:, layer]).astype(np.int64), np.asarray(trace.step), trace.num_experts
+    )
 
 
 def check_match(placement: Placement, trace: Trace) -> None:
@@ -280,6 +307,8 @@ def _assumptions(
     if step.background is not None:
         queues = " and makes them queue" if step.background.queueing else ""
         said.append(f"other traffic shares the links in each phase of each layer{queues}")
+    if step.topology.speeds:
+        said.append("GPUs differ in speed: load max/mean counts time, load over the share of the speed")
     if model.expert_width is None:
         said.append("expert size unknown: memory is not checked, compute takes 0 s")
     if model is ASSUMED:

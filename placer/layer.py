@@ -7,6 +7,7 @@ model is solved layer by layer, in parallel.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ from placer.batches import activations, uses_by_step
 from placer.errors import InvalidInput
 from placer.incidence import Incidence, Targets, incidence, shared_load, targets
 from placer.rules import Rules
+from placer.speeds import unit_speeds
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -64,6 +66,8 @@ class Layer:
         Engine step of each token.
     num_groups : int
         Gate groups of consecutive experts.
+    speeds : tuple of float
+        Speed of each GPU; empty where all are alike. Units are alike no longer then.
     copies : bool
         Whether spare slots are to hold copies: these can share a hot expert's load, so that caps need be raised less.
     rules : Rules or None
@@ -87,6 +91,7 @@ class Layer:
     key: npt.NDArray[np.uint64] | None = None
     step: npt.NDArray[np.integer] | None = None
     num_groups: int = 1
+    speeds: tuple[float, ...] = ()
     copies: bool = False
     rules: Rules | None = None
 
@@ -260,9 +265,12 @@ class Layer:
             seconds = float(counts.remote.sum(axis=1) @ np.array(self.seconds))
             load = counts.load if self.activations is None else self.expected_load(slots)
         loads = [row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)]
-        over = sum(float(np.maximum(row - cap, 0.0).sum()) for row, cap in zip(loads, self.caps, strict=True))
-        swappable = [loads[level] for level in self.levels if loads[level].any()]
-        peak = max((float(load.max() / load.mean()) for load in swappable), default=1.0)
+        limits = [(self.caps[level] - self.idle(level)) for level in range(len(loads))]
+        over = sum(
+            float(np.maximum(row - limit, 0.0).sum()) for row, limit in zip(loads, limits, strict=True)
+        )
+        swappable = [(loads[level], self.unit_speeds(level)) for level in self.levels if loads[level].any()]
+        peak = max((float((load / speed).max() / load.mean()) for load, speed in swappable), default=1.0)
         return round(over, 6), seconds, peak
 
     def counts(self, slots: Occupant, table: Occupant | None = None) -> Incidence:
@@ -302,8 +310,8 @@ class Layer:
     def excess(self, occupant: Occupant) -> float:
         """Load above the caps for an occupant array, summed over units and levels."""
         over = 0.0
-        for slots, cap in zip(self.unit_slots, self.caps, strict=True):
-            over += float(np.maximum(self.unit_load(occupant, slots) - cap, 0.0).sum())
+        for level, (slots, cap) in enumerate(zip(self.unit_slots, self.caps, strict=True)):
+            over += float(np.maximum(self.unit_load(occupant, slots) - (cap - self.idle(level)), 0.0).sum())
         return over
 
     def unit_load(self, occupant: Occupant, slots: int) -> Floats:
@@ -326,14 +334,17 @@ class Layer:
         from placer.search.balance import balanced, levelled
 
         sizes = self.sizes if len(self.sizes) else np.array([1], np.int64)
-        arranged: Occupant = balanced(self.expert_load, sizes)
+        speed = None
+        if self.speeds:
+            speed = self._table([self.unit_speeds(i) for i in self.levels or (0,)], 1.0)
+        arranged: Occupant = balanced(self.expert_load, sizes, speed)
         if self.rules is not None:
-            arranged = levelled(self.repaired(arranged), self.expert_load, sizes, self.rules.compiled)
+            arranged = levelled(self.repaired(arranged), self.expert_load, sizes, self.rules.compiled, speed)
         return arranged
 
     @cached_property
     def least_load(self) -> Floats:
-        """Load of the busiest unit of each level, (num_levels,), where load alone counts."""
+        """Load of the busiest unit of each level over its speed, (num_levels,), where load alone counts."""
         from placer.caps import least_load
 
         return least_load(self)
@@ -345,10 +356,38 @@ class Layer:
 
     @cached_property
     def caps(self) -> Floats:
-        """Cap of each level, in units of `heat`, (num_levels,); inf where there is none."""
+        """Cap of each level, in units of `heat`, (num_levels,); inf where there is none.
+
+        Where GPUs differ in speed it is that of the fastest unit; others are to stay `idle` for the rest.
+        """
         from placer.caps import caps
 
         return caps(self, self.cap_factor)
+
+    def unit_speeds(self, level: int) -> Floats:
+        """Speed of every unit of a level over the mean, (units,): ones where all GPUs are alike."""
+        slots = self.unit_slots[level]
+        if not self.speeds:
+            return np.ones(self.num_slots // slots)
+        ranks = self.unit_ranks[level]
+        if self.rules is None:
+            return unit_speeds(self.speeds, ranks)
+        return unit_speeds(self.speeds, ranks, np.asarray(self.rules.shut.reshape(-1, slots).all(axis=1)))
+
+    def idle(self, level: int) -> Floats:
+        """How far below the level's cap each unit's own cap is, (units,): 0 for the fastest, and without a cap."""
+        speed, cap = self.unit_speeds(level), float(self.caps[level])
+        return cap * (1.0 - speed / speed.max()) if np.isfinite(cap) else np.zeros(len(speed))
+
+    def idle_table(self, levels: Sequence[int]) -> Floats | None:
+        """`idle` of some levels for kernels, (levels, num_slots); None where all GPUs are alike."""
+        return self._table([self.idle(level) for level in levels], 0.0) if self.speeds else None
+
+    def _table(self, rows: list[Floats], rest: float) -> Floats:
+        table = np.full((len(rows), self.num_slots), rest)
+        for row, units in zip(table, rows, strict=True):
+            row[: len(units)] = units
+        return table
 
     # -- the kernel's view ---------------------------------------------------------------------------------
 
@@ -382,10 +421,10 @@ class Layer:
         """The slot array of an occupant array, in its canonical order.
 
         Experts ascend within a rank, -1 last; units that could change places (ranks of a server, servers of a
-        rack, ...) stand in the order of their first experts. Under rules no unit can.
+        rack, ...) stand in the order of their first experts. Under rules, or where GPUs differ in speed, no unit can.
         """
         ordered = np.sort(occupant.reshape(self.num_ranks, -1), axis=1)
-        alike = (*self.unit_slots, self.num_slots) if self.rules is None else ()
+        alike = (*self.unit_slots, self.num_slots) if self.rules is None and not self.speeds else ()
         for slots, parent in itertools.pairwise(alike):
             siblings = ordered.reshape(-1, parent // slots, slots)
             order = np.argsort(siblings.min(axis=2), axis=1, kind="stable")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
+from placer.batches import activations, uses_by_step
 from placer.constraints import Constraints
+from placer.counts import Counts
 from placer.errors import Infeasible, InvalidInput
+from placer.groups import check_groups, in_whole_groups
 from placer.layer import Experts, Layer
 from placer.memory import Memory
 from placer.model import Model
@@ -21,6 +25,11 @@ from placer.trace import Trace
 from placer.traffic import Routes, Traffic
 
 DEFAULT_RESERVE = 20e9
+LOAD_MODELS = ("tokens", "activated")
+NO_STEPS = (
+    "found no step in the trace, expected the engine step of each token; --tokens-per-step N (Trace.rebatch) "
+    "queues sequences into steps"
+)
 MAX_SLOTS = 1 << 17  # of a layer: far above any cluster, and its tables still fit into memory
 
 
@@ -48,6 +57,9 @@ class Problem:
         Largest load of a GPU, server or rack over the mean of its level; None for no cap.
     load_margin : float or "auto"
         How much the search tightens that cap, so that it holds on unseen tokens.
+    load_model : {"tokens", "activated"}
+        What load caps count: tokens, or the steps in which an expert is used at all. The latter is the load of
+        memory-bound decode, where a step reads the weights of every expert it uses once; routes must name the steps.
     replica_choice : str
         Dispatch rule: which copy a token takes.
     gpu_memory : float or tuple of float
@@ -58,6 +70,8 @@ class Problem:
         Storage of expert weights; None for the model's own.
     constraints : Constraints or None
         Experts pinned to units or kept apart, and slots kept empty.
+    whole_groups : bool
+        Whether gate groups stay whole, each in a stretch of slots of its own, as `placer.permute` needs it.
 
     Raises
     ------
@@ -84,11 +98,13 @@ class Problem:
     num_groups: int = 1
     max_load: float | None = 1.05
     load_margin: float | str = "auto"
+    load_model: str = "tokens"
     replica_choice: str = "nearest"
     gpu_memory: float | tuple[float, ...]
     reserve: float = DEFAULT_RESERVE
     expert_dtype: str | None = None
     constraints: Constraints | None = None
+    whole_groups: bool = False
 
     @classmethod
     def from_trace(
@@ -101,11 +117,13 @@ class Problem:
         slots_per_gpu: int | None = None,
         max_load: float | None = 1.05,
         load_margin: float | str = "auto",
+        load_model: str = "tokens",
         replica_choice: str = "nearest",
         gpu_memory: float | tuple[float, ...] | None = None,
         reserve: float = DEFAULT_RESERVE,
         expert_dtype: str | None = None,
         constraints: Constraints | None = None,
+        whole_groups: bool = False,
     ) -> Problem:
         """The problem of a trace; `redundant` slots over all ranks, or `slots_per_gpu`, or none to spare."""
         # Before the tokens are counted, which takes seconds on a large trace.
@@ -120,11 +138,38 @@ class Problem:
             num_groups=trace.num_groups,
             max_load=max_load,
             load_margin=load_margin,
+            load_model=load_model,
             replica_choice=replica_choice,
             gpu_memory=(topology.gpu_memories or topology.gpu_memory) if gpu_memory is None else gpu_memory,
             reserve=reserve,
             expert_dtype=expert_dtype,
             constraints=constraints,
+            whole_groups=whole_groups,
+        )
+
+    @classmethod
+    def from_counts(
+        cls,
+        counts: Counts,
+        topology: Topology,
+        *,
+        model: Model | None = None,
+        redundant: int | None = None,
+        slots_per_gpu: int | None = None,
+        gpu_memory: float | tuple[float, ...] | None = None,
+        **limits: Any,
+    ) -> Problem:
+        """The problem of loads alone, which methods that balance load can use; `limits` are further fields."""
+        return cls(
+            traffic=Traffic(num_tokens=counts.num_tokens or 0, load=counts.load),
+            routes=None,
+            topology=topology,
+            model=model or Model.for_trace_name(counts.model, counts.num_experts),
+            slots_per_rank=slots_per_rank(counts.num_experts, topology.num_ranks, redundant, slots_per_gpu),
+            layer_ids=counts.layer_ids,
+            num_groups=counts.num_groups,
+            gpu_memory=(topology.gpu_memories or topology.gpu_memory) if gpu_memory is None else gpu_memory,
+            **limits,
         )
 
     def __post_init__(self) -> None:
@@ -166,6 +211,12 @@ class Problem:
             raise InvalidInput(
                 f"load margin: found {self.load_margin!r}, expected 'auto' or a number in [0, 1)"
             )
+        if self.load_model not in LOAD_MODELS:
+            raise InvalidInput(
+                f"load model: found {self.load_model!r}, expected one of {', '.join(LOAD_MODELS)}"
+            )
+        if self.load_model == "activated" and (self.routes is None or self.routes.step is None):
+            raise InvalidInput(f"load model activated: {NO_STEPS}")
         if self.replica_choice not in REPLICA_CHOICES:
             raise InvalidInput(
                 f"replica choice: found {self.replica_choice!r}, expected one of {', '.join(REPLICA_CHOICES)}"
@@ -173,6 +224,10 @@ class Problem:
         if self.memory is not None:
             self.memory.require_any(self.num_experts, self.slots_per_rank)
         _ = self.rules  # raises where they cannot be kept
+        if self.whole_groups:
+            check_groups(self.num_experts, self.num_slots, self.num_groups)
+            if self.constraints is not None:
+                raise InvalidInput("whole groups: found constraints as well, expected one of the two")
 
     @cached_property
     def rules(self) -> tuple[Rules | None, ...]:
@@ -201,7 +256,7 @@ class Problem:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens behind the statistics."""
+        """Tokens behind the statistics; 0 where counts do not say."""
         return self.traffic.num_tokens
 
     @property
@@ -238,7 +293,11 @@ class Problem:
         if self.routes is not None:
             column = self.routes.topk_idx[:, index]
             topk = column.astype(np.int16) if self.num_experts < 2**15 else column.astype(np.int32)
-        return Layer(
+        step = None if self.routes is None else self.routes.step
+        active = None
+        if self.load_model == "activated" and topk is not None and step is not None:
+            active = activations(uses_by_step(topk, step, self.num_experts))
+        layer = Layer(
             index=index,
             num_experts=self.num_experts,
             num_ranks=self.num_ranks,
@@ -250,13 +309,26 @@ class Problem:
             max_load=self.max_load,
             margin=0.0 if self.load_margin == "auto" else float(self.load_margin),
             load=self.traffic.load[index],
+            activations=active,
             pair_counts=None if self.traffic.pairs is None else self.traffic.pairs[index],
             topk=topk,
             key=None if self.routes is None else self.routes.key,
+            step=step,
+            speeds=self.topology.speeds,
             num_groups=self.num_groups,
             copies=copies,
             rules=self.rules[index],
         )
+        if not self.whole_groups:
+            return layer
+        if index not in self._stretches:
+            self._stretches[index] = in_whole_groups(layer)
+        return replace(layer, rules=self._stretches[index])
+
+    @cached_property
+    def _stretches(self) -> dict[int, Rules]:
+        """The rules that keep the groups of a layer whole, by its index, once they are asked for."""
+        return {}
 
 
 def slots_per_rank(

@@ -19,10 +19,11 @@ from placer.errors import Infeasible, InvalidInput, NoPlacement, PlacerError
 from placer.layer import Layer
 from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
-from placer.problem import Problem
+from placer.problem import NO_STEPS, Problem
 from placer.result import Budget, Event, Result
 from placer.rules import Rules
-from placer.solvers import Method, Placed, handling, linear, method
+from placer.solvers import Method, Placed, handling, linear, method, needing
+from placer.steadiness import Steadiness, steadied, steadiness
 from placer.tables import judged
 
 Slots = npt.NDArray[np.int32]
@@ -41,6 +42,7 @@ def solve(
     initial: Placement | None = None,
     jobs: int = 1,
     prove: bool = False,
+    steady: bool = False,
     on_event: Callable[[Event], None] | None = None,
     stop: threading.Event | None = None,
 ) -> Result:
@@ -62,6 +64,9 @@ def solve(
     prove : bool
         Also bound the objective from below, in what time is left, for as long as the search took. The
         placement stays as it is; `placer.certify` takes longer for a better bound.
+    steady : bool
+        After the search, swap experts between GPUs of one server so that the busiest GPU of every single step has less
+        to do (see `placer.steadiness`); the result says what that changed. For traces with steps, without copies.
     on_event : callable, optional
         Called with an `Event` whenever a layer is done.
     stop : threading.Event, optional
@@ -74,7 +79,8 @@ def solve(
     Raises
     ------
     InvalidInput
-        When the method is unknown, needs statistics that the problem lacks, or cannot keep its constraints.
+        When the method is unknown, needs statistics that the problem lacks, cannot keep its constraints, or makes
+        copies that are not defined for what is asked.
     Infeasible
         When the copies that the method made do not fit into memory.
     NoPlacement
@@ -93,9 +99,13 @@ def solve(
     budget = budget or Budget()
     if jobs < 1:
         raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
-    chosen = _usable(problem, method)
+    chosen = _usable(problem, method, initial)
+    if steady:
+        if problem.routes is None or problem.routes.step is None:
+            raise InvalidInput(f"steady: {NO_STEPS}")
+        _without_copies(problem, method, "steady", initial)
     starts = _initial(problem, initial)
-    _compile(chosen, problem, stop)
+    _compile(chosen, problem, stop, steady)
     begun = time.monotonic()
     clock = Clock.start(seconds=budget.seconds, rounds=budget.rounds, gap=budget.gap, stop=stop)
     workers = min(jobs, problem.num_layers)
@@ -104,7 +114,7 @@ def solve(
         n_jobs=workers, prefer="threads", return_as="generator_unordered", pre_dispatch=workers, batch_size=1
     )
     tasks = (
-        joblib.delayed(_place)(settled.layer(index), method, seed, share, starts[index])
+        joblib.delayed(_place)(settled.layer(index), method, seed, share, starts[index], steady)
         for index, share in enumerate(clock.shares(problem.num_layers, workers))
     )
     log = _Log(problem, method, begun)
@@ -122,7 +132,7 @@ def solve(
             on_event(log.summary(proved))
         parts = proved
     result = _result(settled, method, seed, parts, clock, begun)
-    if settled.load_margin == problem.load_margin or problem.max_load is None:
+    if settled.load_margin == problem.load_margin or problem.max_load is None or problem.routes is None:
         return result
     note = f"load margin auto: caps tightened by {settled.load_margin:.3f} for the sake of unseen tokens"
     return replace(result, notes=(*result.notes, note))
@@ -168,7 +178,8 @@ def baseline_placement(problem: Problem) -> Placement:
 
     Constraints are not kept.
     """
-    problem = replace(problem, constraints=None)
+    alike = replace(problem.topology, gpu_speeds=())
+    problem = replace(problem, topology=alike, constraints=None, whole_groups=False, load_model="tokens")
     try:
         return solve(problem, "linear").placement
     except Infeasible:
@@ -192,9 +203,12 @@ class _Done:
     cost: float
     heat: float
     raised: list[dict[str, Any]]
+    steadiness: tuple[Steadiness, Steadiness] | None  # before and after
 
 
-def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None) -> _Done:
+def _place(
+    layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None, steady: bool = False
+) -> _Done:
     rng = np.random.default_rng([seed, layer.index])
     copies = "copies" in method(name).handles and layer.rules is None
     layer = replace(layer, copies=copies)
@@ -212,6 +226,12 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
         (less, cheaper, cooler), its = judged(layer, initial)
         if (less, cheaper) < (excess, cost):
             placed, table, cost, heat = replace(placed, slots=initial, notes=()), its, cheaper, cooler
+    change = None
+    if steady:
+        slots = steadied(layer, placed.slots)
+        change = steadiness(layer, placed.slots), steadiness(layer, slots)
+        placed = replace(placed, slots=slots)
+        (_, cost, heat), table = judged(layer, slots)
     return _Done(
         index=layer.index,
         placed=replace(placed, table=table),
@@ -219,20 +239,46 @@ def _place(layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | No
         cost=cost,
         heat=heat,
         raised=caps.raised(layer),
+        steadiness=change,
     )
 
 
-def _usable(problem: Problem, name: str) -> Method:
+def _usable(problem: Problem, name: str, initial: Placement | None = None) -> Method:
     chosen = method(name)
     has = {"load"} | ({"pairs"} if problem.traffic.pairs is not None else set())
     has |= {"routes", "pairs"} if problem.routes is not None else set()
+    if problem.routes is None and problem.traffic.pairs is None and not chosen.needs <= has:
+        raise InvalidInput(
+            f"method {name} needs a trace with topk_idx, found loads only (counts); "
+            f"methods that balance load: {', '.join(needing(has))}"
+        )
     if missing := chosen.needs - has:
         raise InvalidInput(
             f"method {name} needs {', '.join(sorted(missing))}; the input has only {', '.join(sorted(has))}"
         )
     if problem.constraints is not None and "pins" not in chosen.handles:
         raise InvalidInput(f"method {name} keeps no constraints; {', '.join(handling('pins'))} do")
+    if problem.whole_groups and "pins" not in chosen.handles:
+        raise InvalidInput(f"method {name} keeps no gate groups whole; {', '.join(handling('pins'))} do")
+    if problem.load_model != "tokens":
+        _without_copies(problem, name, f"load model {problem.load_model}", initial)
+    if problem.topology.speeds:
+        _without_copies(problem, name, f"gpu_speeds of {problem.topology.name}", initial)
     return chosen
+
+
+def _without_copies(problem: Problem, name: str, what: str, initial: Placement | None) -> None:
+    """Refuse what is not defined for copies where there may be any."""
+    spare = problem.num_slots - problem.num_experts
+    if spare and problem.constraints is None and "copies" in method(name).handles:
+        raise InvalidInput(
+            f"{what} is not defined with copies: found {spare} spare slots, in which method {name} makes some; "
+            "expected none to spare, or a method without copies such as tabu"
+        )
+    if initial is not None and initial.has_copies:
+        raise InvalidInput(
+            f"{what} is not defined with copies: found some in the initial placement, expected none"
+        )
 
 
 def _initial(problem: Problem, initial: Placement | None) -> list[Slots | None]:
@@ -247,7 +293,7 @@ def _initial(problem: Problem, initial: Placement | None) -> list[Slots | None]:
     return list(initial.physical_to_logical)
 
 
-def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> None:
+def _compile(chosen: Method, problem: Problem, stop: threading.Event | None, steady: bool = False) -> None:
     """Run the method on a toy layer with as many levels, so that compilation is not on the clock."""
     levels = len(problem.topology.levels)
     experts = 2 ** (levels + 1)
@@ -261,9 +307,12 @@ def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> 
         unit_ranks=tuple(2**level for level in range(levels)),
         server_ranks=2,
         load=np.full(experts, 2, np.int64),
+        activations=None,
         pair_counts=None,
         topk=None if problem.routes is None else tokens.astype(problem.layer(0).tokens.dtype),
         key=None if problem.routes is None else np.arange(experts, dtype=np.uint64),
+        step=np.arange(experts) // 2 if steady else None,
+        speeds=tuple(1.0 + rank % 2 for rank in range(experts // 2)) if problem.topology.speeds else (),
         num_groups=1,
         copies="copies" in chosen.handles,
         rules=None
@@ -272,6 +321,8 @@ def _compile(chosen: Method, problem: Problem, stop: threading.Event | None) -> 
     )
     placed = chosen.place(toy, rng=np.random.default_rng(0), clock=Clock.start(rounds=1, stop=stop))
     judged(toy, placed.slots, placed.table)
+    if steady:
+        steadied(toy, toy.slots(toy.linear()))
 
 
 def _toy_rules(positions: int, experts: int) -> Rules:
@@ -336,7 +387,7 @@ class _Log:
     """Turns finished layers into events."""
 
     def __init__(self, problem: Problem, method: str, begun: float) -> None:
-        self.layers, self.tokens = problem.num_layers, problem.num_tokens
+        self.layers, self.tokens = problem.num_layers, max(1, problem.num_tokens)
         self.method, self.begun = method, begun
         self.done: list[_Done] = []
 
@@ -385,8 +436,8 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
     bounds = [part.placed.bound for part in done]
     bound = None
     if all(b is not None for b in bounds):
-        bound = sum(b for b in bounds if b is not None) / problem.num_tokens
-    objective = sum(part.cost for part in done) / problem.num_tokens
+        bound = sum(b for b in bounds if b is not None) / max(1, problem.num_tokens)
+    objective = sum(part.cost for part in done) / max(1, problem.num_tokens)
     proved = all(_proved(part) for part in done)
     names = [level.name for level in problem.topology.levels]
     return Result(
@@ -404,7 +455,21 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         proved_layers=tuple(problem.layer_ids[part.index] for part in done if _proved(part)),
         caps_raised=[{**row, "level": names[int(row["level"])]} for part in done for row in part.raised],
         notes=tuple(_notes(done)),
+        steady=_steady(problem, done),
     )
+
+
+def _steady(problem: Problem, done: list[_Done]) -> dict[str, dict[str, float]] | None:
+    """What single steps gained and what it cost, over all layers; None where it was not asked for."""
+    changes = [part.steadiness for part in done if part.steadiness is not None]
+    if not changes:
+        return None
+    gained, paid = {}, {}
+    for when, layers in zip(("before", "after"), zip(*changes, strict=True), strict=True):
+        steps = sum(layer.steps for layer in layers)
+        gained[when] = sum(layer.peaks for layer in layers) / steps if steps else 1.0
+        paid[when] = sum(layer.touched for layer in layers) / (len(layers) * problem.num_tokens)
+    return {"load_per_step.gpu.mean": gained, "touched.gpu": paid}
 
 
 def _table(problem: Problem, done: list[_Done]) -> npt.NDArray[np.int32] | None:
@@ -439,8 +504,9 @@ def _provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "topology": problem.topology.name,
         "model": problem.model.name,
-        "tokens": problem.num_tokens,
+        "tokens": problem.num_tokens or None,
         "max_load": problem.max_load,
         "load_margin": problem.load_margin,
+        **({} if problem.load_model == "tokens" else {"load_model": problem.load_model}),
         **limits,
     }

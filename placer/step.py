@@ -14,6 +14,7 @@ from placer.census import Census
 from placer.flows import Floats, Flows
 from placer.links import Links, links
 from placer.model import Model
+from placer.speeds import in_time
 from placer.timing import Phase, compute_seconds, overlaps, phase, seconds_of
 from placer.topology import REPORTED, Topology
 
@@ -78,11 +79,12 @@ class Step:
             sent = self._volume(self.scheme, layer, levels)
             for column, (level, number) in enumerate(zip(levels, units, strict=True)):
                 load = layer.load[level, :number]
+                slowest = in_time(load, topology.speeds, topology.unit_sizes[level]).max()
                 per_token[:, index, column] = (
                     layer.touched[level].sum() / tokens,
                     layer.remote[level].sum() / tokens,
                     sent[column] / tokens,
-                    load.max() / load.mean() if load.any() else 1.0,
+                    slowest / load.mean() if load.any() else 1.0,
                 )
             for name, other in SCHEMES.items():
                 if name != "follow" or layer.followed is not None:

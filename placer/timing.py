@@ -129,7 +129,8 @@ def compute_seconds(
     Parameters
     ----------
     load : (num_ranks,) float64
-        Expert choices served by each GPU in one step.
+        Expert choices served by each GPU in one step; a GPU of half the speed takes twice as long for them, and as
+        long as others for reading weights.
     activated : (num_ranks,) float64
         Experts of each GPU that serve at least one of them.
     expert_dtype : str, optional
@@ -139,6 +140,8 @@ def compute_seconds(
     if flops is None or size is None:
         return 0.0
     reading = size / topology.hbm_bandwidth
+    if topology.gpu_speeds:
+        load = load / np.resize(topology.gpu_speeds, len(load))
     half = reading * topology.flops_bf16 / flops
     busiest = float((load + half * activated).max(initial=0.0))
     return busiest * flops / (topology.flops_bf16 * GEMM_EFFICIENCY)

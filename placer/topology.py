@@ -175,6 +175,9 @@ class Topology:
     gpu_memories : tuple of float
         Bytes of each GPU of a server, the same in all servers, or of each GPU of the machine; empty where all have
         `gpu_memory`. A file lists them under ``gpu_memory``.
+    gpu_speeds : tuple of float
+        Compute speed of each GPU of a server, the same in all servers, or of each GPU of the machine, 1 being that of
+        `flops_bf16`; empty where all have that.
     flops_bf16, flops_fp8 : float
         Dense floating-point operations per second of one GPU.
 
@@ -198,6 +201,7 @@ class Topology:
     flops_bf16: float
     flops_fp8: float
     gpu_memories: tuple[float, ...] = ()
+    gpu_speeds: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         names = [level.name for level in self.levels]
@@ -224,14 +228,23 @@ class Topology:
             _check(key, getattr(self, key), getattr(self, key) > 0, "more than 0")
         if self.gpu_memories:
             self._check_memories()
+        if self.gpu_speeds:
+            self._check_number("gpu_speeds", len(self.gpu_speeds), "speeds")
+            for speed in self.gpu_speeds:
+                _check(
+                    "gpu_speeds", speed, 1e-3 <= speed <= 1e3, "speeds from 0.001 to 1000, 1 for flops_bf16"
+                )
 
-    def _check_memories(self) -> None:
-        server, machine, found = self.shape[2], self.num_ranks, len(self.gpu_memories)
+    def _check_number(self, key: str, found: int, what: str) -> None:
+        server, machine = self.shape[2], self.num_ranks
         if found not in (server, machine):
             raise InvalidInput(
-                f"gpu_memory lists {found} sizes, expected {server}, one for each GPU of a server, "
+                f"{key} lists {found} {what}, expected {server}, one for each GPU of a server, "
                 f"or {machine}, one for each GPU of the machine"
             )
+
+    def _check_memories(self) -> None:
+        self._check_number("gpu_memory", len(self.gpu_memories), "sizes")
         least = min(self.gpu_memories)
         if self.gpu_memory != least:
             raise InvalidInput(
@@ -247,6 +260,13 @@ class Topology:
     def num_ranks(self) -> int:
         """GPUs in the whole machine."""
         return prod(level.fanout for level in self.levels)
+
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Speed of every GPU of the machine; empty where all are alike."""
+        if len(set(self.gpu_speeds)) < 2:
+            return ()
+        return self.gpu_speeds * (self.num_ranks // len(self.gpu_speeds))
 
     @property
     def num_units(self) -> tuple[int, ...]:
@@ -269,14 +289,14 @@ class Topology:
     def with_shape(self, shape: str | tuple[int, int, int]) -> Self:
         """The same machine with other numbers of racks, servers in a rack and GPUs in a server.
 
-        Further levels keep their fan-outs, and the counts must divide by them. Memories listed for each GPU of a
-        server stay with it, so servers keep their GPUs; those listed for each GPU of the machine keep their number.
+        Further levels keep their fan-outs, and the counts must divide by them. Memories and speeds listed for each GPU
+        of a server stay with it, so servers keep their GPUs; those for each GPU of the machine keep their number.
 
         Raises
         ------
         InvalidInput
             When the text is not ``RACKSxSERVERSxGPUS``, a count is below 1, does not divide, or is not that of the
-            memories listed.
+            memories or speeds listed.
         """
         text = shape if isinstance(shape, str) else "x".join(map(str, shape))
         where = f"--shape {shorten(text)}"
@@ -351,7 +371,7 @@ def _shipped() -> dict[str, Path]:
     return {path.stem: path for path in folder.glob("*.toml")}
 
 
-OPTIONAL = ("oversubscription", "routing", "rails", "dims")
+OPTIONAL = ("oversubscription", "routing", "rails", "dims", "gpu_speeds")
 DERIVED = ("gpu_memories",)  # fields that are no keys
 _KINDS = {
     "bandwidth": "bandwidth",
@@ -390,6 +410,10 @@ def _value(key: str, value: Any, where: str) -> Any:
         if not (isinstance(value, list) and value and all(type(side) is int for side in value)):
             raise InvalidInput(f"{where} is {shorten(value)}, expected a list of integers, as in [4, 4, 4]")
         return tuple(value)
+    if key == "gpu_speeds":
+        if not (isinstance(value, list) and value and all(type(speed) in (int, float) for speed in value)):
+            raise InvalidInput(f"{where} is {shorten(value)}, expected a list of numbers, as in [1.0, 0.5]")
+        return tuple(float(speed) for speed in value)
     if key == "gpu_memory" and isinstance(value, list):
         if not value:
             raise InvalidInput(f"{where} is [], expected a size such as 80 GB, or a list of them")

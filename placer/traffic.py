@@ -145,16 +145,24 @@ class Routes:
         of merged routes does not depend on the order of merging.
     num_experts : int
         Logical experts per layer.
+    step : (num_tokens,) integer, optional
+        Engine step of each token. Routes that are merged number their steps alike.
     """
 
     topk_idx: npt.NDArray[Any]
     key: npt.NDArray[np.uint64]
     num_experts: int
+    step: npt.NDArray[Any] | None = None
 
     @classmethod
     def from_trace(cls, trace: Trace) -> Routes:
         """The routes of a trace."""
-        return cls(topk_idx=trace.topk_idx, key=trace.sequence_key(), num_experts=trace.num_experts)
+        return cls(
+            topk_idx=trace.topk_idx,
+            key=trace.sequence_key(),
+            num_experts=trace.num_experts,
+            step=trace.step,
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -176,6 +184,7 @@ class Routes:
             topk_idx=np.concatenate(ids),
             key=np.concatenate([self.key, other.key]),
             num_experts=self.num_experts,
+            step=None if self.step is None or other.step is None else np.concatenate([self.step, other.step]),
         )
 
     def sample(self, budget: int) -> Routes:
@@ -189,4 +198,9 @@ class Routes:
         before = np.cumsum(counts) - counts
         last = keys[max(1, int((before < budget).sum())) - 1]
         keep = self.key <= last
-        return Routes(topk_idx=self.topk_idx[keep], key=self.key[keep], num_experts=self.num_experts)
+        return Routes(
+            topk_idx=self.topk_idx[keep],
+            key=self.key[keep],
+            num_experts=self.num_experts,
+            step=None if self.step is None else self.step[keep],
+        )

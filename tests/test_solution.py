@@ -212,7 +212,7 @@ def test_counts_alone_are_enough_for_load_methods() -> None:
     posed = problem(noisy_trace(), "1x4x1", max_load=1.1)
     counts = replace(posed, routes=None, traffic=replace(posed.traffic, pairs=None))
     assert (solve(counts, "lpt").placement.replica_count == 1).all()
-    with pytest.raises(InvalidInput, match="needs routes"):
+    with pytest.raises(InvalidInput, match="needs a trace with topk_idx"):
         solve(counts, "tabu")
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from placer.clock import Clock
 from placer.errors import InvalidInput
+from placer.groups import group_sets
 from placer.layer import Layer
 
 Ints = npt.NDArray[np.int64]
@@ -57,7 +58,7 @@ class Partition:
     count : (n,) int64
         Tokens of each set.
     load : (num_items,) int64
-        Choices that each item gets.
+        Load of each item, as the cap counts it.
     cap : float
         Load that a unit may have; infinite for no cap.
 
@@ -101,7 +102,7 @@ class Partition:
                 size=slots,
                 sets=sets,
                 count=count,
-                load=layer.load,
+                load=layer.heat,
                 cap=cap,
             )
         width = layer.num_experts // layer.num_groups
@@ -110,19 +111,14 @@ class Partition:
                 f"whole groups: found groups of {width} experts and units of {slots} slots, "
                 "expected units that hold a whole number of groups"
             )
-        used = np.zeros((len(sets), layer.num_groups), bool)
-        rows, columns = np.nonzero(sets >= 0)
-        used[rows, sets[rows, columns] // width] = True
-        kinds, inverse = np.unique(used, axis=0, return_inverse=True)
-        tokens = np.bincount(inverse.ravel(), weights=count, minlength=len(kinds)).astype(np.int64)
-        members = np.where(kinds, np.arange(layer.num_groups), -1)
+        members, tokens = group_sets(layer)
         return cls(
             num_items=layer.num_groups,
             units=units,
             size=slots // width,
-            sets=np.sort(members, axis=1).astype(np.int16),
+            sets=members,
             count=tokens,
-            load=layer.load.reshape(-1, width).sum(axis=1),
+            load=layer.heat.reshape(-1, width).sum(axis=1),
             cap=cap,
         )
 

@@ -31,19 +31,7 @@ Example:
 @options.replica_choice(None)
 @options.memory
 @options.step
-@click.option(
-    "--tokens-per-step",
-    type=click.IntRange(min=1),
-    metavar="N",
-    show_default="the trace's own steps",
-    help="Queue the trace's sequences into engine steps of N tokens over all GPUs, for the load of single steps.",
-)
-@click.option(
-    "--phase",
-    type=click.Choice(("prefill", "decode")),
-    show_default="the trace's own",
-    help="How they are queued: whole sequences, or one token of each running sequence.",
-)
+@options.batches
 @click.option("--seed", type=int, default=0, show_default=True, help="Deals sequences to GPUs and steps.")
 @click.option(
     "--best-split",
@@ -98,12 +86,9 @@ def command(
     placed, routed = Placement.load(placement), Trace.load(trace)
     options.made_for(placed, shape, placement)
     machine = topology.with_shape(placed.shape)
-    if tokens_per_step is not None:
-        if ctx.get_parameter_source("tokens_per_gpu") is ParameterSource.DEFAULT:
-            conditions["tokens_per_gpu"] = max(1, round(tokens_per_step / placed.num_ranks))
-        routed = routed.rebatch(tokens_per_step, seed=seed, phase=phase)
-    elif phase is not None:
-        raise click.UsageError("--phase: found no --tokens-per-step, expected one to queue sequences into")
+    routed = options.batched(routed, tokens_per_step, phase, seed)
+    if tokens_per_step and ctx.get_parameter_source("tokens_per_gpu") is ParameterSource.DEFAULT:
+        conditions["tokens_per_gpu"] = max(1, round(tokens_per_step / placed.num_ranks))
     if queueing and background is None:
         raise click.UsageError("--queueing: found no --background, expected the traffic that queues")
     other = background and replace(background, queueing=queueing)

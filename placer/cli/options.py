@@ -18,6 +18,7 @@ from placer.cli.types import PlacementFile as PlacementFile
 
 if TYPE_CHECKING:
     from placer.placement import Placement
+    from placer.trace import Trace
 
 F = TypeVar("F", bound=Callable[..., Any])
 Decorator = Callable[[F], F]
@@ -163,6 +164,35 @@ step = _together(
         help="Let that traffic queue as well (M/D/1, utilisation up to 0.95).",
     ),
 )
+load_model = click.option(
+    "--load-model",
+    type=click.Choice(("tokens", "activated")),
+    default="tokens",
+    show_default=True,
+    help="What load caps count: tokens, or the engine steps in which an expert is used at all, which is the load of "
+    "memory-bound decode; needs a trace with steps, or --tokens-per-step.",
+)
+batches = _together(
+    click.option(
+        "--tokens-per-step",
+        type=click.IntRange(min=1),
+        metavar="N",
+        show_default="the trace's own steps",
+        help="Queue the trace's sequences into engine steps of N tokens over all GPUs, for the load of single steps.",
+    ),
+    click.option(
+        "--phase",
+        type=click.Choice(("prefill", "decode")),
+        show_default="the trace's own",
+        help="How they are queued: whole sequences, or one token of each running sequence.",
+    ),
+)
+steady = click.option(
+    "--steady",
+    is_flag=True,
+    help="After the search, keep experts that are hot in the same engine steps apart on the GPUs of their server: the "
+    "busiest GPU of a step gets less to do, tokens touch more GPUs. Needs a trace with steps, or --tokens-per-step.",
+)
 slots_per_gpu = click.option(
     "--slots-per-gpu",
     type=click.IntRange(min=1),
@@ -241,6 +271,15 @@ def budget(time_limit: float, rounds: int | None, gap: float) -> Any:
     from placer.result import Budget
 
     return Budget(seconds=time_limit, rounds=rounds, gap=gap)
+
+
+def batched(trace: Trace, tokens_per_step: int | None, phase: str | None, seed: int) -> Trace:
+    """The trace in the steps that ``--tokens-per-step`` and ``--phase`` ask for."""
+    if tokens_per_step is not None:
+        return trace.rebatch(tokens_per_step, seed=seed, phase=phase)
+    if phase is not None:
+        raise click.UsageError("--phase: found no --tokens-per-step, expected one to queue sequences into")
+    return trace
 
 
 def workers(jobs: int | None) -> int:

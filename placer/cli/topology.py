@@ -93,6 +93,8 @@ def _detail(machine: Topology) -> str:
         f"{format_bytes(machine.gpu_memory)}{' at least' if machine.gpu_memories else ''}, "
         f"{machine.flops_bf16 / 1e12:.4g} TFLOP/s BF16"
     )
+    if machine.gpu_speeds:
+        size += f" times {min(machine.gpu_speeds):g} to {max(machine.gpu_speeds):g}"
     return "\n".join(
         [
             f"{machine.name} - {machine.description}",

@@ -77,6 +77,7 @@ def descend(
         patience,
         rng.integers(tenure // 2 + 1, tenure + tenure // 2 + 2, (steps, 2)),
         None if layer.rules is None else layer.rules.compiled,
+        layer.idle_table(layer.levels),
     )
     return best, float(value)
 

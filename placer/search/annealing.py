@@ -42,6 +42,7 @@ def anneal(
     chances,
     hot,
     cold,
+    idle=None,
 ):
     """Anneal from `occupant`; return the best occupant within the caps (or with the least excess) and its cost.
 
@@ -51,6 +52,7 @@ def anneal(
     pairs : (steps, 2) int64, positions proposed in each step
     chances : (steps,) float64, uniform in (0, 1]
     hot, cold : first and last temperature, as shares of the mean absolute change of the first proposals
+    idle : as in `placer.search.tabu.tabu`
     """
     positions = occupant.shape[0]
     occupant = occupant.copy()
@@ -60,7 +62,7 @@ def anneal(
         position_of[occupant[p]] = p
         load[p] = expert_load[occupant[p]]
     H, Q, S, cost = build_exact(tokens, weights, occupant, size, level_weight, units)
-    unit_load, excess = _excess(load, size, cap)
+    unit_load, excess = _excess(load, size, cap, idle)
     best = occupant.copy()
     best_cost, best_excess = cost, excess
     steps = pairs.shape[0]
@@ -85,7 +87,7 @@ def anneal(
             i, j, occupant, position_of, load, H, Q, S, tokens, weights, first_use, uses, size, level_weight
         )
         before = excess
-        unit_load, excess = _excess(load, size, cap)
+        unit_load, excess = _excess(load, size, cap, idle)
         cost += change - penalty * (excess - before)
         if excess < best_excess or (excess == best_excess and cost < best_cost):
             best[:] = occupant

@@ -9,7 +9,7 @@ from placer.search.rules import may_swap
 
 
 @kernel
-def balanced(load, size):
+def balanced(load, size, speed=None):
     """Experts on positions so that the busiest unit of every level is light.
 
     Longest processing time first, top-down: the next heaviest expert goes to the lightest outermost unit with
@@ -17,7 +17,8 @@ def balanced(load, size):
     that lower the sum of squared unit loads follow, then swaps that lower the sum over levels of max/mean.
 
     Parameters: load (P,) float64, tokens per expert (0 for padding); size (levels,) positions per unit, inside
-    out. Returns occupant (P,) int32.
+    out; speed (levels, P) of units over the mean, where they differ: loads then count over speeds, and an expert goes
+    where it would be done first. Returns occupant (P,) int32.
 
     Reference: Graham, "Bounds on Multiprocessing Timing Anomalies", 1969, doi:10.1137/0117039.
     """
@@ -33,11 +34,12 @@ def balanced(load, size):
             for u in range(low // size[level], high // size[level]):
                 if used[level, u] == size[level]:
                     continue
-                if (
-                    coolest < 0
-                    or heat[level, u] < heat[level, coolest]
-                    or (heat[level, u] == heat[level, coolest] and used[level, u] < used[level, coolest])
-                ):
+                if speed is None:
+                    mine, least = heat[level, u], heat[level, coolest]
+                else:
+                    mine = (heat[level, u] + load[expert]) / speed[level, u]
+                    least = (heat[level, coolest] + load[expert]) / speed[level, coolest]
+                if coolest < 0 or mine < least or (mine == least and used[level, u] < used[level, coolest]):
                     coolest = u
             low, high = coolest * size[level], (coolest + 1) * size[level]
             used[level, coolest] += 1
@@ -46,11 +48,11 @@ def balanced(load, size):
         while occupant[p] >= 0:
             p += 1
         occupant[p] = expert
-    return levelled(occupant, load, size)
+    return levelled(occupant, load, size, None, speed)
 
 
 @kernel
-def levelled(occupant, load, size, rules=None):
+def levelled(occupant, load, size, rules=None, speed=None):
     """The arrangement after the swaps of `balanced` that lower the busiest units; `occupant` is changed.
 
     `rules` (see `placer.search.rules`) are kept where `occupant` keeps them.
@@ -78,8 +80,14 @@ def levelled(occupant, load, size, rules=None):
                 change = 0.0
                 for level in range(levels):
                     a, b = i // size[level], j // size[level]
-                    if a != b:
+                    if a == b:
+                        continue
+                    if speed is None:
                         change += scale[level] ** 2 * d * (heat[level, b] - heat[level, a] + d)
+                    else:
+                        mine = (heat[level, a] - 0.5 * d) / speed[level, a]
+                        other = (heat[level, b] + 0.5 * d) / speed[level, b]
+                        change += scale[level] ** 2 * d * (other - mine)
                 if change < best:
                     if rules is not None and not may_swap(i, j, occupant, position_of, rules):
                         continue
@@ -89,16 +97,20 @@ def levelled(occupant, load, size, rules=None):
         _swap(x, y, occupant, load, heat, size)
         position_of[occupant[x]], position_of[occupant[y]] = x, y
     for _ in range(20 * positions):
-        before = _peaks(heat, size, scale, positions)
+        before = _peaks(heat, size, scale, positions, speed)
         best, x, y = before - 1e-12, -1, -1
         for level in range(levels):
-            hot = np.argmax(heat[level, : positions // size[level]])
+            units = positions // size[level]
+            if speed is None:
+                hot = np.argmax(heat[level, :units])
+            else:
+                hot = np.argmax(heat[level, :units] / speed[level, :units])
             for i in range(hot * size[level], (hot + 1) * size[level]):
                 for j in range(positions):
                     if j // size[level] == hot or load[occupant[j]] >= load[occupant[i]]:
                         continue
                     _swap(i, j, occupant, load, heat, size)
-                    value = _peaks(heat, size, scale, positions)
+                    value = _peaks(heat, size, scale, positions, speed)
                     _swap(i, j, occupant, load, heat, size)
                     if value < best:
                         if rules is not None and not may_swap(i, j, occupant, position_of, rules):
@@ -121,11 +133,11 @@ def _swap(i, j, occupant, load, heat, size):
 
 
 @kernel
-def _peaks(heat, size, scale, positions):
+def _peaks(heat, size, scale, positions, speed):
     total = 0.0
     for level in range(size.shape[0]):
         peak = 0.0
         for u in range(positions // size[level]):
-            peak = max(peak, heat[level, u])
+            peak = max(peak, heat[level, u] if speed is None else heat[level, u] / speed[level, u])
         total += peak * scale[level]
     return total

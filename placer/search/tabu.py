@@ -258,8 +258,8 @@ def move_costs(H, Q, size, level_weight, inner, costs):
 
 
 @kernel
-def _excess(load, size, cap):
-    """Load of every unit (levels, P) and the total load above the caps."""
+def _excess(load, size, cap, idle=None):
+    """Load of every unit (levels, P), what it is to stay idle for included, and the total load above the caps."""
     levels, positions = size.shape[0], load.shape[0]
     unit_load = np.zeros((levels, positions), np.float64)
     total = 0.0
@@ -267,6 +267,8 @@ def _excess(load, size, cap):
         for p in range(positions):
             unit_load[level, p // size[level]] += load[p]
         for u in range(positions // size[level]):
+            if idle is not None:
+                unit_load[level, u] += idle[level, u]
             total += max(0.0, unit_load[level, u] - cap[level])
     return unit_load, total
 
@@ -343,6 +345,7 @@ def tabu(
     patience,
     rests,
     rules=None,
+    idle=None,
 ):
     """Search from `occupant`; return the best occupant within the caps, its cost, and whether it is within.
 
@@ -358,6 +361,7 @@ def tabu(
     patience : stop after so many swaps without a new best
     rests : (steps, 2) int64, swaps for which the two experts moved in a step rest; its length bounds the swaps
     rules : kept by every swap where `occupant` keeps them (see `placer.search.rules`); None for none
+    idle : (levels, P) float64, how far below `cap` the cap of each unit is; None where all have the same
     """
     positions = occupant.shape[0]
     occupant = occupant.copy()
@@ -376,11 +380,11 @@ def tabu(
     rests_until = np.zeros(positions, np.int64)
     frozen = np.zeros(positions, np.bool_)
     barred = None if rules is None else np.zeros((positions, positions), np.bool_)
-    unit_load, excess = _excess(load, size, cap)
+    unit_load, excess = _excess(load, size, cap, idle)
     best = occupant.copy()
     best_cost, best_excess = cost, excess
     slack = 1e-9 * (1.0 + abs(cost))
-    penalty, inside, outside, idle = 1.0, 0, 0, 0
+    penalty, inside, outside, stale = 1.0, 0, 0, 0
     for step in range(rests.shape[0]):
         move_costs(H, Q, size, level_weight, inner, costs)
         for p in range(positions):
@@ -415,17 +419,17 @@ def tabu(
         else:
             apply_pairs(i, j, occupant, position_of, load, H, Q, S, pairs, size, level_weight)
         before = excess
-        unit_load, excess = _excess(load, size, cap)
+        unit_load, excess = _excess(load, size, cap, idle)
         cost += change - penalty * (excess - before)
         rests_until[occupant[i]] = step + rests[step, 0]
         rests_until[occupant[j]] = step + rests[step, 1]
         if excess < best_excess or (excess == best_excess and cost < best_cost - slack):
             best[:] = occupant
             best_cost, best_excess = cost, excess
-            idle = 0
+            stale = 0
         else:
-            idle += 1
-            if idle >= patience:
+            stale += 1
+            if stale >= patience:
                 break
         if excess == 0.0:
             inside, outside = inside + 1, 0

@@ -79,6 +79,7 @@ def annealed(layer: Layer, start: Occupant, hot: float, rng: np.random.Generator
         1.0 - rng.random(steps),
         hot,
         COLD,
+        layer.idle_table(layer.levels),
     )
     found: Occupant = best
     return found

@@ -3,7 +3,7 @@
 Idea: contiguous experts stay where no search beats them on unseen tokens; else `cpsat` on layers small enough for its
 proof, and `tabu` on all others, where recombining what it met has gained nothing on any recorded trace
 (``python -m benchmarks.ablation``). Spare slots bring in copies: those of `placer.copies`, which are chosen for traffic
-within the load caps, or `eplb`'s where these cost less. With counts only, `eplb` balances load.
+within the load caps, or `eplb`'s where these cost less. With counts only, the better of `eplb` and `lpt` balances load.
 
 Wins wherever one does not want to choose. Complexity: that of the methods it runs.
 References: see the methods.
@@ -38,7 +38,7 @@ def place(layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: Occu
     if layer.rules is not None:
         return _within_rules(layer, rng, clock, initial)
     if layer.topk is None:
-        return eplb.place(layer, rng=rng, clock=clock, initial=initial)
+        return _balanced(layer, rng, clock)
     spare = layer.num_slots > layer.num_experts
     single = replace(layer, copies=False) if spare else layer  # whose caps can be met without copies
     place_single = cpsat.place if cpsat.provable(single) else tabu.place
@@ -51,6 +51,14 @@ def place(layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: Occu
     if clock.expired:
         return replace(placed, notes=(*placed.notes, NO_TIME)) if copies.suits(layer) else placed
     return _with_copies(layer, placed, rng, clock)
+
+
+def _balanced(layer: Layer, rng: np.random.Generator, clock: Clock) -> Placed:
+    """The load method that leaves the busiest units less to do: above the caps, then over the mean."""
+    named = {"eplb": eplb.place(layer, rng=rng, clock=clock), "lpt": lpt.place(layer, rng=rng, clock=clock)}
+    best = min(named, key=lambda name: layer.judge(named[name].slots))
+    note = f"counts only, traffic unknown: {best} leaves the busiest units the least load"
+    return replace(named[best], notes=(*named[best].notes, note))
 
 
 def _within_rules(layer: Layer, rng: np.random.Generator, clock: Clock, initial: Occupant | None) -> Placed:

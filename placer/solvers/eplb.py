@@ -33,8 +33,8 @@ def place(
 ) -> Placed:
     """EPLB's map with the meeting copies parted; copies beyond one a GPU leave their slot empty."""
     servers = layer.num_ranks // layer.server_ranks
-    slots = rebalance(layer.load[None], layer.num_slots, layer.num_groups, servers, layer.num_ranks)[0]
-    slots = part_copies(slots, layer.load, layer.num_ranks, servers)
+    slots = rebalance(layer.heat[None], layer.num_slots, layer.num_groups, servers, layer.num_ranks)[0]
+    slots = part_copies(slots, layer.heat, layer.num_ranks, servers)
     rows = slots.reshape(layer.num_ranks, -1).astype(np.int32)
     for row in rows:
         first = np.sort(np.unique(row, return_index=True)[1])

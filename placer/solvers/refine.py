@@ -203,10 +203,10 @@ def excess_changes(layer: Layer, occupant: Occupant) -> Floats:
     """
     load = layer.expert_load[occupant]
     total = np.zeros((layer.num_slots, layer.num_slots))
-    for size, cap in zip(layer.unit_slots, layer.caps, strict=True):
+    for level, (size, cap) in enumerate(zip(layer.unit_slots, layer.caps, strict=True)):
         if np.isfinite(cap):
             here = np.arange(layer.num_slots) // size
-            heat = layer.unit_load(occupant, size)[here]
+            heat = (layer.unit_load(occupant, size) + layer.idle(level))[here]
             after = (heat - load)[:, None] + load  # load of p's unit once p has taken over from q
             change = np.maximum(after - cap, 0.0) - np.maximum(heat - cap, 0.0)[:, None]
             total += np.where(here[:, None] == here, 0.0, change + change.T)
