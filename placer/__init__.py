@@ -15,14 +15,18 @@ if TYPE_CHECKING:
     from placer.background import Background as Background
     from placer.certificate import Certificate as Certificate
     from placer.certificate import certify as certify
+    from placer.comparison import Comparison as Comparison
     from placer.comparison import compare as compare
     from placer.constraints import Constraints as Constraints
+    from placer.counts import Counts as Counts
     from placer.errors import PlacerError as PlacerError
     from placer.evaluation import evaluate as evaluate
     from placer.model import Model as Model
+    from placer.permuted import permute as permute
     from placer.placement import Placement as Placement
     from placer.problem import Problem as Problem
     from placer.rebalance import rebalance_experts as rebalance_experts
+    from placer.recorder import record as record
     from placer.report import Report as Report
     from placer.result import Budget as Budget
     from placer.result import Result as Result
@@ -40,7 +44,9 @@ _HOME = {
     "Background": "background",
     "Budget": "result",
     "Certificate": "certificate",
+    "Comparison": "comparison",
     "Constraints": "constraints",
+    "Counts": "counts",
     "Level": "topology",
     "Model": "model",
     "Placement": "placement",
@@ -55,7 +61,9 @@ _HOME = {
     "certify": "certificate",
     "compare": "comparison",
     "evaluate": "evaluation",
+    "permute": "permuted",
     "rebalance_experts": "rebalance",
+    "record": "recorder",
     "shared_out": "allotment",
     "solve": "solution",
     "synth": "synthetic",

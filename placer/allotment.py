@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +26,11 @@ from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
 from placer.problem import Problem
 from placer.redundancy import MORE
-from placer.result import Budget, Result
+from placer.result import Budget, Event, Result
 from placer.solution import solve
 from placer.solvers import method as load_method
 from placer.tables import judged
+from placer.variants import labelled, named
 
 Slots = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
@@ -46,6 +47,7 @@ def shared_out(
     slots: Sequence[int] | None = None,
     budget: Budget | None = None,
     jobs: int = 1,
+    on_event: Callable[[Event], None] | None = None,
     stop: threading.Event | None = None,
     **options: Any,
 ) -> Result:
@@ -69,6 +71,8 @@ def shared_out(
         For all of them together; 60 seconds by default.
     jobs : int
         Layers at once.
+    on_event : callable, optional
+        As for `solve`; the label of an event says how many slots were tried.
     stop : threading.Event, optional
         Set it from elsewhere to end early with what is done.
     **options
@@ -115,7 +119,8 @@ def shared_out(
         if results and stop is not None and stop.is_set():
             break
         posed = replace(free, slots_per_rank=number)
-        results.append(solve(posed, method, budget=share, jobs=jobs, stop=stop, **options))
+        told = labelled(on_event, named({"slots_per_rank": number}))
+        results.append(solve(posed, method, budget=share, jobs=jobs, on_event=told, stop=stop, **options))
     widest = replace(free, slots_per_rank=tried[len(results) - 1], load_margin=0.0)
     clock = Clock.start(seconds=share.seconds, stop=stop)
     makes = "copies" in load_method(method).handles

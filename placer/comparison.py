@@ -109,7 +109,62 @@ class Comparison:
         before = base[0].held_out.remote[self.level] if base else 0.0
         return row.held_out.remote[self.level] / before - 1.0 if before else None
 
+    def to_frame(self) -> Any:
+        """The runs as a `pandas.DataFrame`, one row each.
+
+        Columns are those of `Row`, ``against_linear`` (a fraction), and the numbers of both reports under the dotted
+        paths that ``placer evaluate --require`` takes, after ``train.`` or ``held_out.``: ``held_out.remote.server``.
+
+        Raises
+        ------
+        InvalidInput
+            When pandas is not installed; OR-Tools brings it.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError:
+            raise InvalidInput("to_frame needs pandas, which is not installed: pip install pandas") from None
+        rows = []
+        for row in self.rows:
+            known = row.to_dict()
+            parts = {part: known.pop(part) for part in ("train", "held_out")}
+            rows.append(
+                {
+                    **known,
+                    "against_linear": self.against_linear(row),
+                    **{
+                        f"{part}.{path}": number
+                        for part, report in parts.items()
+                        for path, number in _numbers(report, but=("per_layer",))
+                    },
+                }
+            )
+        return DataFrame(rows)
+
+    def figure(self, name: str) -> Any:
+        """A plotly figure: ``front``, held-out traffic over load, or ``seconds`` of each run.
+
+        Raises
+        ------
+        InvalidInput
+            When there is no such figure, or plotly is not installed.
+        """
+        from placer import notebook
+
+        return notebook.draw(name, notebook.comparison_figures(self))
+
+    def _repr_html_(self) -> str:
+        from placer import notebook
+
+        legend, header, rows = self._table()
+        return notebook.table(header, rows, title=self.title, notes=(legend, *self.notes))
+
     def __str__(self) -> str:
+        legend, header, rows = self._table()
+        return "\n".join([self.title, legend, "", aligned(header, rows), *(f"note: {n}" for n in self.notes)])
+
+    def _table(self) -> tuple[str, list[str], list[list[str | None]]]:
+        """Legend, header and rows of the comparison as text; a row is a method under a cap, over its seeds."""
         groups: dict[tuple[str, int, float | None], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.method, row.redundant, row.max_load), []).append(row)
@@ -140,9 +195,7 @@ class Comparison:
             legend += "; GB a GPU: experts of all layers on the fullest"
         if seeds > 1:
             legend += f"; means over {seeds} seeds, +- their standard deviation"
-        return "\n".join(
-            [self.title, legend, "", aligned(list(columns), lines), *(f"note: {n}" for n in self.notes)]
-        )
+        return legend, list(columns), lines
 
 
 def compare(
@@ -396,6 +449,15 @@ def _cap(kept: bool, cap: float | None) -> str | None:
     if not kept:
         return None
     return "none" if cap is None else f"{cap:g}"
+
+
+def _numbers(document: dict[str, Any], but: tuple[str, ...] = ()) -> Iterator[tuple[str, float]]:
+    """The numbers of a report's document, with their dotted paths."""
+    for key, value in document.items():
+        if isinstance(value, dict) and key not in but:
+            yield from ((f"{key}.{path}", number) for path, number in _numbers(value))
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield key, value
 
 
 def _gigabytes(rows: list[Row]) -> str | None:

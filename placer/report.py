@@ -105,6 +105,9 @@ class Report:
     load_per_step : dict of dict, optional
         Per level ``mean``, ``p99`` and ``max`` over steps and layers of the busiest unit over mean; None when the
         trace has no steps.
+    load_activated : dict of dict, optional
+        `load` with an expert's load counted as the steps in which it is used at all, the load of memory-bound decode;
+        None when the trace has no steps (then it is not in the JSON document either), or the placement has copies.
     best_split : dict of dict, optional
         `load` if each expert's tokens were split over its copies at best, see `placer.split.best_split`; None unless
         asked for, and then not in the JSON document either.
@@ -135,6 +138,7 @@ class Report:
     dropped: float
     steps: dict[str, float] | None
     load_per_step: dict[str, dict[str, float]] | None
+    load_activated: dict[str, dict[str, float]] | None = None
     best_split: dict[str, dict[str, float]] | None = None
     memory: dict[str, float | None]
     assumptions: tuple[str, ...]
@@ -143,6 +147,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The JSON document ``placer/report/1``."""
         split = {} if self.best_split is None else {"best_split": self.best_split}
+        activated = {} if self.steps is None else {"load_activated": self.load_activated}
         return {
             "schema": SCHEMA,
             "tokens": self.tokens,
@@ -163,6 +168,7 @@ class Report:
             "dropped": self.dropped,
             "steps": self.steps,
             "load_per_step": self.load_per_step,
+            **activated,
             "memory": self.memory,
             "assumptions": list(self.assumptions),
             "per_layer": self.per_layer,
@@ -258,6 +264,39 @@ class Report:
         lines.append(f"Exposed communication: {', '.join(exposed)}.")
         return "\n".join(lines)
 
+    def figure(self, name: str) -> Any:
+        """A plotly figure: ``load``, ``touched`` or ``remote`` of every layer, ``links`` or ``seconds``.
+
+        Raises
+        ------
+        InvalidInput
+            When there is no such figure, or plotly is not installed.
+        """
+        from placer import notebook
+
+        return notebook.draw(name, notebook.report_figures(self))
+
+    def _repr_html_(self) -> str:
+        from placer import notebook
+
+        header = ["", "touched", "remote", "bytes/token", "load max/mean", "worst layer"]
+        rows = [
+            [
+                level,
+                f"{self.touched[level]:.3f}",
+                f"{self.remote[level]:.3f}",
+                format_bytes(self.bytes_per_token[level]),
+                f"{self.load[level]['max_over_mean']:.3f}",
+                f"{self.load[level]['worst_layer']:.3f}",
+            ]
+            for level in REPORTED
+        ]
+        title = (
+            f"{self.tokens:,} tokens, {self.layers} layers, {self.alltoall}: a step takes "
+            f"{format_seconds(self.seconds['step'])}, most of it {self.bottleneck}"
+        )
+        return notebook.table(header, rows, title=title, notes=self.assumptions)
+
     def __str__(self) -> str:
         lines = [
             f"{'':10}{'touched':>9}{'remote':>9}{'bytes/token':>13}{'load max/mean':>15}{'worst layer':>13}"
@@ -298,6 +337,12 @@ class Report:
             )
             size = f"{self.steps['number']:,} steps of {self.steps['tokens']:,.0f} tokens on average"
             lines.append(f"load max/mean of {size}, mean / p99 / max: {each}")
+        if self.load_activated is not None:
+            each = "; ".join(
+                f"{level} {row['max_over_mean']:.3f} / {row['worst_layer']:.3f}"
+                for level, row in self.load_activated.items()
+            )
+            lines.append(f"steps in which experts are used, max/mean / worst layer: {each}")
         return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from placer.bounds import gap
 from placer.errors import InvalidInput
 from placer.placement import Placement
+from placer.report import format_seconds
 
 SCHEMA = "placer/result/1"
 OBJECTIVE_UNIT = "seconds per token"
@@ -44,9 +45,10 @@ class Budget:
 class Event:
     """One more layer is done.
 
-    `objective`, `linear` (the same for contiguous experts) and `bound` are seconds per token summed over the
-    layers done; `load` is the mean over them of the busiest unit's load over mean at the worst level that
-    placement can change; `improved` says whether the layer costs less than contiguous experts.
+    `seconds` are those since the search began; `objective`, `linear` (the same for contiguous experts) and `bound` are
+    seconds per token summed over the layers done; `load` is the mean over them of the busiest unit's load over mean at
+    the worst level that placement can change; `improved` says whether the layer costs less than contiguous experts;
+    `label` names the search where one command runs several.
     """
 
     seconds: float
@@ -59,6 +61,7 @@ class Event:
     bound: float | None
     load: float
     improved: bool
+    label: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +76,8 @@ class Result:
     status : str
         ``optimal`` (proven), ``feasible``, or ``interrupted``.
     objective : float
-        Modelled link seconds of one token over all layers, level by level (see `Problem.seconds_per_vector`).
+        Modelled link seconds of one token over all layers, level by level (see `Problem.seconds_per_vector`); 0 for
+        counts only, whose traffic is unknown.
     bound : float or None
         Proven lower bound on the objective; None where none was computed.
     bound_method : str or None
@@ -84,6 +88,10 @@ class Result:
         Caps above ``max_load`` because load-only packing needs them: layer, level, asked, cap.
     notes : tuple of str
         What the run decided by itself, in words.
+    steady : dict of dict, optional
+        ``before`` and ``after`` the swaps that even out single steps: ``load_per_step.gpu.mean``, the busiest GPU's
+        load over mean, averaged over steps and layers (as load caps count it), and ``touched.gpu``. None, and not in
+        the JSON document, unless asked for.
     """
 
     placement: Placement
@@ -98,11 +106,49 @@ class Result:
     proved_layers: tuple[int, ...] = ()
     caps_raised: list[dict[str, Any]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    steady: dict[str, dict[str, float]] | None = None
 
     @property
     def gap(self) -> float | None:
         """(incumbent - bound) / incumbent as a fraction; None without a bound."""
         return None if self.bound is None else gap(self.objective, self.bound)
+
+    def __repr__(self) -> str:
+        proof = "" if self.gap is None else f", gap={self.gap:.4g}"
+        return (
+            f"Result(method={self.method!r}, status={self.status!r}, objective={self.objective:.4g}{proof}, "
+            f"seconds={self.seconds:.4g})"
+        )
+
+    def figure(self, name: str) -> Any:
+        """A plotly figure: ``servers``, where every expert stands, or ``copies`` of each.
+
+        Raises
+        ------
+        InvalidInput
+            When there is no such figure, or plotly is not installed.
+        """
+        from placer import notebook
+
+        return notebook.draw(name, notebook.result_figures(self))
+
+    def _repr_html_(self) -> str:
+        from placer import notebook
+
+        placement = self.placement
+        rows: list[tuple[str, object]] = [
+            ("status", self.status),
+            ("objective", f"{format_seconds(self.objective)} a token"),
+            ("bound", None if self.bound is None else f"{format_seconds(self.bound)} ({self.bound_method})"),
+            ("gap", None if self.gap is None else f"{self.gap:.2%}"),
+            ("search", f"{self.seconds:.1f} s, {self.rounds:,} rounds, seed {self.seed}"),
+            ("caps raised", len(self.caps_raised)),
+        ]
+        title = (
+            f"{self.method}: {placement.num_layers} layers x {placement.num_experts} experts on "
+            f"{placement.num_ranks} ranks x {placement.slots_per_rank} slots"
+        )
+        return notebook.table(["", "found"], rows, title=title, notes=self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """The search part of the JSON document ``placer/result/1``."""
@@ -121,4 +167,5 @@ class Result:
             "proved_layers": list(self.proved_layers),
             "caps_raised": self.caps_raised,
             "notes": list(self.notes),
+            **({} if self.steady is None else {"steady": self.steady}),
         }

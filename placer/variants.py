@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from placer.evaluation import evaluate
 from placer.problem import Problem
 from placer.report import Report
-from placer.result import Budget, Result
+from placer.result import Budget, Event, Result
 from placer.solution import solve
 from placer.trace import Trace
 
@@ -22,6 +22,7 @@ def solved(
     *,
     budget: Budget | None = None,
     evaluation: Mapping[str, Any] | None = None,
+    on_event: Callable[[Event], None] | None = None,
     **options: Any,
 ) -> Iterator[tuple[Result, Report]]:
     """What is found for each variant, and what that costs on the trace; each is solved when it is asked for.
@@ -38,6 +39,8 @@ def solved(
         For all of them together, in equal shares of its seconds; 60 seconds by default.
     evaluation : mapping, optional
         Further arguments of `evaluate`.
+    on_event : callable, optional
+        As for `solve`; the label of an event says which variant it is of.
     **options
         Further arguments of `solve`.
 
@@ -58,5 +61,36 @@ def solved(
     whole = budget or Budget()
     share = replace(whole, seconds=None if whole.seconds is None else whole.seconds / len(variants))
     for variant in variants:
-        result = solve(replace(problem, **variant), method, budget=share, **options)
+        told = labelled(on_event, named(variant))
+        result = solve(replace(problem, **variant), method, budget=share, on_event=told, **options)
         yield result, evaluate(result.placement, trace, problem.topology, **(evaluation or {}))
+
+
+def labelled(on_event: Callable[[Event], None] | None, label: str) -> Callable[[Event], None] | None:
+    """A listener whose events carry a label.
+
+    Examples
+    --------
+    >>> labelled(None, "max load 1.05") is None
+    True
+    """
+    if on_event is None:
+        return None
+    return lambda event: on_event(replace(event, label=label))
+
+
+def named(variant: Mapping[str, Any]) -> str:
+    """What changes in a variant, in words.
+
+    Examples
+    --------
+    >>> named({"max_load": None}), named({"slots_per_rank": 9}), named({"max_load": 1.05, "load_margin": 0.0})
+    ('max load none', '9 slots a GPU', 'max load 1.05, load margin 0')
+    """
+    words = []
+    for field, value in variant.items():
+        shown = "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+        words.append(
+            f"{shown} slots a GPU" if field == "slots_per_rank" else f"{field.replace('_', ' ')} {shown}"
+        )
+    return ", ".join(words)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,3 +33,36 @@ def placer(*arguments: object) -> Outcome:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)
+
+
+def on_terminal(*arguments: object, **environment: str) -> str:
+    """All that a command shows on a terminal of 120 columns, stdout and stderr as they come, escape codes included."""
+    import pty
+    import struct
+    import subprocess
+    import termios
+    from fcntl import ioctl
+
+    reading, shown = pty.openpty()
+    ioctl(shown, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    kept = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "placer", *map(str, arguments)],
+        stdin=shown,
+        stdout=shown,
+        stderr=shown,
+        env={**kept, "TERM": "xterm-256color", **environment},
+    )
+    os.close(shown)
+    said = b""
+    while True:
+        try:
+            part = os.read(reading, 65536)
+        except OSError:  # how Linux says that the other end is closed
+            break
+        if not part:
+            break
+        said += part
+    os.close(reading)
+    assert process.wait(timeout=60) == 0
+    return said.decode().replace("\r\n", "\n")

@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
 import os
+import re
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -20,25 +23,52 @@ import placer
 from placer.errors import PlacerError
 from placer.files import nearest
 
-#: In the order in which a newcomer meets them.
-COMMANDS = (
-    "solve",
-    "evaluate",
-    "bound",
-    "compare",
-    "sweep",
-    "inspect",
-    "check",
-    "synth",
-    "topology",
-    "models",
-    "methods",
-    "versions",
+#: What people want, and the commands for it, in the order in which a newcomer meets them.
+SECTIONS = {
+    "Search": ("solve", "compare", "sweep"),
+    "Judge": ("evaluate", "bound", "check", "report", "inspect"),
+    "In and out": ("convert", "synth", "export", "permute"),
+    "Look up": ("topology", "models", "methods", "versions", "doctor"),
+}
+COMMANDS = tuple(itertools.chain.from_iterable(SECTIONS.values()))
+
+#: How help says what click adds to an option: a default in words, a range of numbers.
+_READABLE = (
+    (re.compile(r"default: \((.+)\)"), r"default: \1"),
+    (re.compile(r"(-?\d+)<=x<=(-?\d+)"), r"\1 to \2"),
+    (re.compile(r"x>=(-?\d+)"), r"\1 or more"),
 )
+
+
+class _Formatter(click.HelpFormatter):
+    """Help whose notes in brackets read like words."""
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], *args: Any, **options: Any) -> None:
+        super().write_dl([(term, _readable(text)) for term, text in rows], *args, **options)
+
+
+class _Context(click.Context):
+    formatter_class = _Formatter
+
+
+def _readable(text: str) -> str:
+    """A help text in which the bracket at its end is said in words.
+
+    Examples
+    --------
+    >>> _readable("Layers at once.  [default: (one for each core); x>=1]")
+    'Layers at once.  [default: one for each core; 1 or more]'
+    """
+    body, bracket, note = text.rpartition("  [")
+    for found, words in _READABLE:
+        note = found.sub(words, note)
+    return body + bracket + note
 
 
 class _Commands(click.Group):
     """Commands found by file name, and errors told in one line."""
+
+    context_class = _Context
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -47,7 +77,17 @@ class _Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"{__name__}.{cmd_name}").command
+        command.context_class = _Context
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, names in SECTIONS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            width = max(map(len, COMMANDS))
+            with formatter.section(title):
+                formatter.write_dl(
+                    [(name.ljust(width), found.get_short_help_str(80)) for name, found in commands if found]
+                )
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -105,6 +145,11 @@ A first run:
   placer synth olmoe-like --layers 4 -o trace.npz
   placer solve trace.npz -t dgx-h100 --shape 1x8x1 -o placement.json
   placer evaluate placement.json trace.npz -t dgx-h100
+
+\b
+'placer COMMAND --help' has examples. Names complete with the Tab key after:
+  eval "$(_PLACER_COMPLETE=bash_source placer)"
+and with zsh_source or fish_source in those shells.
 """
 
 

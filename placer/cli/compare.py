@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,6 +86,13 @@ Example:
 @options.alltoall
 @options.memory
 @options.search
+@click.option(
+    "--html",
+    "page",
+    type=types.Output(),
+    metavar="FILE",
+    help="Also write a page: the front, wins, ties and losses with intervals, time.",
+)
 @options.as_json
 @options.quiet
 @click.pass_context
@@ -99,6 +109,7 @@ def command(
     rounds: int | None,
     gap: float,
     jobs: int | None,
+    page: Path | None,
     as_json: bool,
     quiet: bool,
     **choices: Any,
@@ -112,6 +123,12 @@ def command(
     from placer.comparison import compare, deciding_level
     from placer.trace import Trace
 
+    if page is not None:
+        from placer import html
+
+        html.require()  # before anything takes its time
+        if options.same_file(page, trace) or (test is not None and options.same_file(page, test)):
+            raise click.UsageError(f"--html {page}: would overwrite a trace")
     routed = Trace.load(trace)
     other = None if test is None else Trace.load(test)
     machine = topology if shape is None else topology.with_shape(shape)
@@ -148,6 +165,8 @@ def command(
     say(f"at most {time_limit:g} s of search for each row")
 
     comparison, interrupted = interruptible(run)
+    if page is not None and comparison.rows:
+        html.comparison_page(comparison, command=shlex.join(["placer", *sys.argv[1:]])).save(page)
     options.show(comparison.to_dict(), str(comparison), as_json)
     if interrupted:
         ctx.exit(EXIT_CODE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,17 +27,18 @@ _HEADER = (
 )
 
 
+_compiling: list[bool] = []  # not empty once this process has said so
+
+
 @contextmanager
 def compilation_told(say: Callable[[str], None]) -> Iterator[None]:
-    """Say that kernels are being compiled as soon as one is, which is only when the cache on disk lacks it."""
+    """Say, once in a process, that kernels are being compiled; they are only when the cache on disk lacks one."""
     from numba.core import event
 
     class Told(event.Listener):  # type: ignore[misc]
-        told = False
-
         def on_start(self, compiled: object) -> None:
-            if not self.told:
-                self.told = True
+            if not _compiling:
+                _compiling.append(True)
                 say("compiling kernels (once, about half a minute)...")
 
         def on_end(self, compiled: object) -> None:
@@ -80,6 +82,12 @@ class SearchLog:
         self._shown = -_EVERY
         self._bar: Any = None
         self._task: Any = None
+        self._header = (
+            ""  # to be shown above the first line, so that what is said before stands above the table
+        )
+        self._label = ""
+        self._before = (0, 0.0)  # layers and seconds of searches that have ended
+        self._now = (0, 0.0)  # layers of the search that runs, and its seconds so far
 
     def say(self, text: str) -> None:
         """One line."""
@@ -92,18 +100,13 @@ class SearchLog:
                 click.echo(text, err=True)
 
     @contextmanager
-    def running(self, layers: int) -> Iterator[None]:
-        """The header of the table, and the bar while layers are being done."""
-        self.say(_HEADER)
+    def running(self, layers: int, seconds: float = math.inf) -> Iterator[None]:
+        """A table of the layers that all searches will do together in so many seconds, and a bar on a terminal."""
+        self._header = _HEADER
         if not self._quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (TextColumn("layers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(
-                *columns, console=Console(stderr=True), transient=True, redirect_stdout=False
-            )
-            self._task = self._bar.add_task("layers", total=layers)
+            self._bar = _bar(seconds)
+            # Half a layer more, so that the clock runs on while bounds are computed.
+            self._task = self._bar.add_task("layers", total=layers + 0.5, spent=0.0)
             self._bar.start()
         try:
             yield
@@ -125,11 +128,78 @@ class SearchLog:
             except OSError as error:
                 self.say(f"note: {self._path}: the log ends here: {error.strerror}")
                 self._path = None
+        if event.label != self._label:
+            self._before = (self._before[0] + self._now[0], self._before[1] + self._now[1])
+            self._shown = -_EVERY
+        self._now = (event.layers, event.seconds)
         if self._bar is not None:
-            self._bar.update(self._task, completed=event.done)
+            layers, seconds = self._before
+            self._bar.update(self._task, completed=layers + event.done, spent=seconds + event.seconds)
+        if self._header:
+            self.say(self._header)
+            self._header = ""
+        if event.label != self._label:
+            self._label = event.label
+            self.say(f"-- {event.label}")
         if event.done == event.layers or event.seconds - self._shown >= _EVERY:
             self._shown = event.seconds
             self.say(_line(event))
+
+
+def remaining(elapsed: float, done: int, layers: int, limit: float) -> float:
+    """Seconds that a search will take at the pace of the layers done, or is allowed to, whichever is less.
+
+    Examples
+    --------
+    >>> remaining(10.0, 2, 6, math.inf), remaining(10.0, 2, 6, 15.0), remaining(10.0, 0, 6, 60.0)
+    (20.0, 5.0, 50.0)
+    """
+    pace = elapsed / done * (layers - done) if done else math.inf
+    return max(0.0, min(pace, limit - elapsed))
+
+
+def _bar(limit: float) -> Any:
+    """A progress bar with the seconds left, on stderr; it vanishes when it ends."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+    from rich.text import Text
+
+    class Left(ProgressColumn):
+        """Counts down from what was known when the last layer was done; compilation is on no clock."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._known = (0, 0.0, 0.0)  # layers done, when, and seconds left then
+
+        def render(self, task: Task) -> Text:
+            done, layers, elapsed = int(task.completed), int(task.total or 0), task.elapsed or 0.0
+            if done >= layers:
+                return Text("finishing")
+            if not done:
+                return Text("" if math.isinf(limit) else f"at most {limit:.0f} s", no_wrap=True)
+            if done != self._known[0]:
+                self._known = (done, elapsed, remaining(task.fields["spent"], done, layers, limit))
+            left = self._known[2] - (elapsed - self._known[1])
+            return Text(f"about {max(0.0, left):.0f} s left", no_wrap=True)
+
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        Left(),
+    )
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
 
 
 def _line(event: Event) -> str:

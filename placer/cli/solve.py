@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import placer
-from placer.cli import options
+from placer.cli import counted, options
 from placer.cli.interrupt import EXIT_CODE, interruptible
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ where pins.toml holds any number of these (layers = [0, 1] narrows each to some 
   [[apart]]           # experts no two of which share a unit
   experts = [1, 2, 3]
   level = "gpu"       # or "server", or "rack"
-  [[free]]            # GPUs kept empty; needs spare slots
+  [[free]]            # GPUs kept empty: the experts need --redundant or --slots-per-gpu for room elsewhere
   gpus = [7]
   slots = 1           # so many of each only
 """
@@ -62,6 +62,9 @@ where pins.toml holds any number of these (layers = [0, 1] narrows each to some 
     "takes the least modelled step time.",
 )
 @options.load_margin
+@options.load_model
+@options.steady
+@options.batches
 @click.option(
     "--redundant",
     type=options.Count("a number of 0 or more, or auto", words=("auto",)),
@@ -80,6 +83,11 @@ where pins.toml holds any number of these (layers = [0, 1] narrows each to some 
 )
 @options.constraints(
     "A TOML file that says where experts may stand; an example is below. No copies are made then."
+)
+@click.option(
+    "--whole-groups",
+    is_flag=True,
+    help="Keep gate groups whole, as 'placer permute' needs it for group-limited models. No copies are made then.",
 )
 @options.replica_choice("nearest")
 @options.memory
@@ -115,6 +123,9 @@ def command(
     seed: int,
     jobs: int | None,
     copies: int | None,
+    steady: bool,
+    tokens_per_step: int | None,
+    phase: str | None,
     initial: str | None,
     prove: bool,
     log_file: Path | None,
@@ -132,7 +143,10 @@ def command(
     """
     from placer import allotment
     from placer.cli.log import SearchLog, compilation_told
+    from placer.cli.summary import Row, peers
+    from placer.cli.summary import summary as table
     from placer.comparison import against, deciding_level
+    from placer.counts import Counts
     from placer.evaluation import evaluate
     from placer.placement import Placement
     from placer.problem import Problem
@@ -147,15 +161,47 @@ def command(
             raise click.UsageError(f"{name} {path}: would overwrite the trace")
     if output is not None and log_file is not None and output == log_file:
         raise click.UsageError(f"-o and --log: found {output} for both, expected two files")
-    routed = Trace.load(trace)
+    if Counts.holds(trace):
+        counted.refuse(
+            {
+                "--copies": copies is not None,
+                "--redundant auto": limits["redundant"] == "auto",
+                "--max-load auto": limits["max_load"] == "auto",
+                "--load-model activated": limits["load_model"] != "tokens",
+                "--steady": steady,
+                "--tokens-per-step": tokens_per_step is not None,
+                "--phase": phase is not None,
+            }
+        )
+        counted.solve(
+            ctx,
+            Counts.open(trace),
+            topology if shape is None else topology.with_shape(shape),
+            method,
+            model=model,
+            initial=None if initial is None else Placement.load(initial),
+            budget=options.budget(time_limit, rounds, gap),
+            seed=seed,
+            jobs=options.workers(jobs),
+            log_file=log_file,
+            output=output,
+            as_json=as_json,
+            quiet=quiet,
+            **limits,
+        )
+        return
+    routed = options.batched(Trace.load(trace), tokens_per_step, phase, seed)
     start = None if initial is None else Placement.load(initial)
     machine = topology if shape is None else topology.with_shape(shape)
     spread, sparing = limits["max_load"] == "auto", limits["redundant"] == "auto"
+    prove = prove and not (spread or sparing or copies is not None)
     if spread:
         limits["max_load"] = None
     if sparing or copies is not None:
         fixed = {"--max-load auto": spread, "--initial": initial, "--slots-per-gpu": limits["slots_per_gpu"]}
         fixed["--constraints"] = limits["constraints"]
+        fixed["--whole-groups"] = limits["whole_groups"]
+        fixed |= {"--load-model activated": limits["load_model"] != "tokens", "--steady": steady}
         if copies is not None:
             fixed["--redundant"] = limits["redundant"] is not None
         for name in (name for name, given in fixed.items() if given):
@@ -186,18 +232,18 @@ def command(
         how: dict[str, Any] = {
             "seed": seed,
             "jobs": options.workers(jobs),
-            "prove": prove and not (spread or sparing or copies is not None),
+            "prove": prove,
             "on_event": log.add,
             "stop": stop,
         }
-        with log.running(problem.num_layers * (len(CAPS) if spread else len(sizes))):
+        with log.running(problem.num_layers * (len(CAPS) if spread else len(sizes)), time_limit):
             if sparing:
                 return fewest(
                     redundancy(problem, routed, method, budget=budget, evaluation=pricing, **how), problem
                 )
             if copies is not None:
                 return allotment.shared_out(problem, method, copies=copies, slots=sizes, budget=budget, **how)
-            how["initial"] = start
+            how |= {"initial": start, "steady": steady}
             if not spread:
                 return solve(problem, method, budget=budget, **how)
             points = spectrum(problem, routed, method, budget=budget, evaluation=pricing, **how)
@@ -214,8 +260,20 @@ def command(
     keeps_caps = "caps" in load_method(method).handles
     level = deciding_level(machine)
     gain = against(report, baseline, level, copies=result.placement.has_copies)
-    notes = (*result.notes, *_on_caps(result, limits["max_load"], keeps_caps))
-    summary = [*(f"note: {note}" for note in notes), *_on_proof(result), f"against linear: {gain}"]
+    notes = (*result.notes, *on_caps(result, limits["max_load"], keeps_caps))
+    compared = "linear with copies" if linear.has_copies else "linear"
+    rows = [Row(name=compared, placement=linear, report=baseline)]
+    if not interrupted:
+        rows = peers(replace(problem, slots_per_rank=usual), routed, rows[0], **pricing)
+    rows = [row for row in rows if row.name != method]
+    rows.append(Row(name=method, placement=result.placement, report=report, seconds=result.seconds))
+    summary = [
+        table(rows, level),
+        *(f"note: {note}" for note in notes),
+        *_on_steps(result),
+        *_on_proof(result, prove and not interrupted),
+        f"against {compared}: {gain}",
+    ]
     log.say(f"{result.status} in {result.seconds:.1f} s")
     if as_json:
         log.say("\n".join(summary))
@@ -231,10 +289,11 @@ def command(
         ctx.exit(EXIT_CODE)
 
 
-def _on_proof(result: Result) -> list[str]:
-    """How far from the best possible the objective is, where that was bounded."""
+def _on_proof(result: Result, asked: bool) -> list[str]:
+    """How far from the best possible the objective is, where that was bounded, or why not."""
     if result.gap is None:
-        return []
+        unspared = result.placement.num_slots == result.placement.num_experts
+        return ["no bound: the search left no time for one; 'placer bound' makes one"] * (asked and unspared)
     layers, proved = result.placement.num_layers, len(result.proved_layers)
     if proved == layers:
         return [f"proof: optimal within its load caps in all {layers} layers ({result.bound_method})"]
@@ -244,7 +303,15 @@ def _on_proof(result: Result) -> list[str]:
     ]
 
 
-def _on_caps(result: Result, max_load: float | None, keeps_caps: bool) -> list[str]:
+def _on_steps(result: Result) -> list[str]:
+    """What evening out single steps gained, and what it cost."""
+    if result.steady is None:
+        return []
+    changes = [f"{name} {row['before']:.3f} -> {row['after']:.3f}" for name, row in result.steady.items()]
+    return [f"steady: {', '.join(changes)}"]
+
+
+def on_caps(result: Result, max_load: float | None, keeps_caps: bool) -> list[str]:
     """What became of the load caps: raised ones, one line a level."""
     if max_load is not None and not keeps_caps:
         return [f"{result.method} keeps no load caps; --max-load {max_load:g} had no effect"]
