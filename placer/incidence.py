@@ -168,7 +168,11 @@ def incidence(
 
 
 def shared_load(
-    picks: npt.NDArray[np.integer | np.floating], aimed: Targets, *, num_ranks: int, unit_ranks: tuple[int, ...]
+    picks: npt.NDArray[np.integer | np.floating],
+    aimed: Targets,
+    *,
+    num_ranks: int,
+    unit_ranks: tuple[int, ...],
 ) -> Floats:
     """Choices served in each unit, (num_levels, num_ranks), homes uniform, from those of each expert.
 
