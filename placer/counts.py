@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short
@@ -16,7 +14,7 @@ from numpy.typing import NDArray
 
 from placer.errors import InvalidInput
 from placer.files import write_atomically
-from placer.npz import read_member, write_members
+from placer.npz import names, read_members, write_members
 from placer.trace import MAX_EXPERTS
 
 
@@ -137,31 +135,19 @@ class Counts:
         >>> Counts.open(path)
         Counts(num_tokens=None, layer_ids=(0,), model='toy', num_groups=1, source=None, name='tiny')
         """
+        arrays = read_members(path, ("load", "meta"), what="an .npz of counts")
         try:
-            with zipfile.ZipFile(path) as archive:
-                for key in ("load", "meta"):
-                    if f"{key}.npy" not in archive.namelist():
-                        raise InvalidInput(f"no array {key}; expected load and meta")
-                meta = _parsed(read_member(archive, path, "meta"))
-                load = read_member(archive, path, "load")
+            meta = _parsed(arrays["meta"])
             known: dict[str, Any] = {key: meta[key] for key in cls.META_KEYS if meta.get(key) is not None}
-            return cls(load=load, **known, name=Path(path).stem)
+            return cls(load=arrays["load"], **known, name=Path(path).stem)
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {error}") from None
-        except OSError as error:
-            raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise InvalidInput(f"{path}: not an .npz of counts, or a truncated one: {error}") from None
 
     @staticmethod
     def holds(path: str | os.PathLike[str]) -> bool:
         """Whether a file is an .npz with loads and no tokens, told from its list of members."""
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = set(archive.namelist())
-        except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error):
-            return False
-        return {"load.npy", "meta.npy"} <= names and "topk_idx.npy" not in names
+        held = names(path)
+        return {"load", "meta"} <= {*held} and "topk_idx" not in held
 
 
 def whole_loads(array: Any, where: str) -> NDArray[np.int64]:

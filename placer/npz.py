@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable, Sequence
 from typing import IO, Any
 
 import numpy as np
@@ -16,6 +18,60 @@ from placer.errors import InvalidInput
 Array = NDArray[Any]
 
 _CHUNK = 1 << 22  # bytes checked in one go
+_SAID = 120  # characters of an error of zipfile, which may quote a name of any length
+
+
+def names(path: str | os.PathLike[str]) -> list[str]:
+    """Names of the arrays in a file, in its order; none where it is no .npz."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile, struct.error):
+        return []
+
+
+def read_members(
+    path: str | os.PathLike[str],
+    required: Sequence[str],
+    optional: Iterable[str] = (),
+    *,
+    what: str = "an .npz file",
+    largest: float = math.inf,
+) -> dict[str, Array]:
+    """Arrays of a file by name, the optional ones as far as it holds them.
+
+    Parameters
+    ----------
+    path
+    required, optional
+        Names of arrays.
+    what
+        What the file should be, for errors.
+    largest
+        Bytes that one array may have.
+
+    Raises
+    ------
+    InvalidInput
+        When there is no such file or array, it is damaged, or an array is too large.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            held = set(archive.namelist())
+            for name in required:
+                if f"{name}.npy" not in held:
+                    raise InvalidInput(f"no array {name}; expected {', '.join(required)}")
+            wanted = [name for name in (*required, *optional) if f"{name}.npy" in held]
+            for name in wanted:
+                if (size := archive.getinfo(f"{name}.npy").file_size) > largest:
+                    raise InvalidInput(f"{name}: found an array of {size} bytes, expected at most {largest}")
+            return {name: read_member(archive, path, name) for name in wanted}
+    except InvalidInput as error:
+        raise InvalidInput(f"{path}: {error}") from None
+    except OSError as error:
+        raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise InvalidInput(f"{path}: not {what}, or a truncated one: {str(error)[:_SAID]}") from None
 
 
 def read_member(archive: zipfile.ZipFile, path: str | os.PathLike[str], key: str) -> Array:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from placer import batches
 from placer.errors import InvalidInput
 from placer.files import write_atomically
-from placer.npz import read_member, write_members
+from placer.npz import names, read_members, write_members
 
 Array = NDArray[Any]
 
@@ -382,27 +380,17 @@ class Trace:
         >>> Trace.load(path)
         Trace(num_experts=2, model='toy', ..., name='tiny')
         """
-        wanted = ("topk_idx", "topk_weights", *cls.TOKEN_ARRAYS)
+        held = names(path)
+        if "topk_idx" not in held and {"load", "meta"} <= {*held}:
+            raise InvalidInput(f"{path}: holds loads only (counts); expected a trace with topk_idx")
+        optional = ("topk_weights", *cls.TOKEN_ARRAYS)
+        arrays: dict[str, Any] = read_members(path, ("topk_idx", "meta"), optional, what="an .npz trace")
         try:
-            with zipfile.ZipFile(path) as archive:
-                present = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-                if "topk_idx" not in present and {"load", "meta"} <= present:
-                    raise InvalidInput("holds loads only (counts); expected a trace with topk_idx")
-                for key in ("topk_idx", "meta"):
-                    if key not in present:
-                        raise InvalidInput(f"no array {key}; expected topk_idx and meta")
-                meta = _parse_meta(read_member(archive, path, "meta"))
-                arrays: dict[str, Any] = {
-                    key: read_member(archive, path, key) for key in wanted if key in present
-                }
+            meta = _parse_meta(arrays.pop("meta"))
             known: dict[str, Any] = {key: meta[key] for key in cls.META_KEYS if meta.get(key) is not None}
             return cls(**arrays, num_experts=meta["num_experts"], **known, name=Path(path).stem)
         except InvalidInput as error:
             raise InvalidInput(f"{path}: {error}") from None
-        except OSError as error:
-            raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from None
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-            raise InvalidInput(f"{path}: not an .npz trace, or a truncated one: {error}") from None
 
 
 def sequence_hash(sequence: Array, source: str = "", seed: int = 0) -> NDArray[np.uint64]:

@@ -585,7 +585,7 @@ def test_objects_bombs_and_torn_archives_are_refused(tmp_path: Path, monkeypatch
         path.write_bytes(content)
         with pytest.raises(InvalidInput):
             eplb.read_placement(path, shape=(1, 1, 2))
-    monkeypatch.setattr(_maps, "LARGEST", 1 << 20)
+    monkeypatch.setattr(eplb, "LARGEST", 1 << 20)
     np.savez_compressed(path, phy2log=np.zeros((1, 1 << 20), np.int8))
     assert path.stat().st_size < 1 << 13
     with pytest.raises(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 
 from placer.errors import InvalidInput
 from placer.evaluation import format_ids
-from placer.npz import read_member
 from placer.placement import Placement
 
 Array = NDArray[Any]
@@ -161,30 +159,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         if isinstance(error, InvalidInput):
             raise
         raise InvalidInput(f"{path}: not a JSON file: {error}") from None
-
-
-def read_arrays(path: str | os.PathLike[str], *names: str) -> dict[str, Array]:
-    """Those of some arrays that an .npz holds; nothing is ever unpickled.
-
-    Raises
-    ------
-    InvalidInput
-        When it cannot be read, is damaged, or an array would be absurdly large.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = [name for name in names if f"{name}.npy" in archive.namelist()]
-            for name in found:
-                size = archive.getinfo(f"{name}.npy").file_size
-                if size > LARGEST:
-                    raise InvalidInput(f"{name}: found an array of {size} bytes, expected at most {LARGEST}")
-            return {name: read_member(archive, path, name) for name in found}
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from None
-    except OSError as error:
-        raise InvalidInput(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise InvalidInput(f"{path}: not an .npz file, or a truncated one: {error}") from None
 
 
 def placed(

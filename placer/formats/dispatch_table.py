@@ -28,8 +28,8 @@ import numpy as np
 from placer.dispatch import complete_table
 from placer.errors import InvalidInput
 from placer.formats import Target
-from placer.formats._maps import Array, read_arrays
-from placer.npz import write_members
+from placer.formats._maps import LARGEST, Array
+from placer.npz import read_members, write_members
 from placer.placement import Placement
 
 ARRAYS = ("table", "physical_to_logical", "shape", "slots_per_rank", "layer_ids")
@@ -96,10 +96,7 @@ def read_placement(path: str | os.PathLike[str]) -> Placement:
     >>> take_table(topk_idx, homes, complete_table(read)[0], server_ranks=read.shape[2]).tolist()
     [[0, 1], [2, 3]]
     """
-    found = read_arrays(path, *ARRAYS)
-    missing = [name for name in ARRAYS if name not in found]
-    if missing:
-        raise InvalidInput(f"{path}: no array {missing[0]}; expected {', '.join(ARRAYS)}")
+    found = read_members(path, ARRAYS, largest=LARGEST)
     table, per_rank = found["table"], found["slots_per_rank"]
     if table.ndim != 3 or table.dtype.kind not in "iu":
         raise InvalidInput(f"{path}: table: found {table.dtype} {table.shape}, expected integers (l, s, e)")

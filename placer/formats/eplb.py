@@ -20,8 +20,8 @@ import numpy as np
 
 from placer.errors import InvalidInput
 from placer.formats import Target
-from placer.formats._maps import full_map, on_several_ranks, read_arrays
-from placer.npz import write_members
+from placer.formats._maps import LARGEST, full_map, on_several_ranks
+from placer.npz import read_members, write_members
 from placer.placement import Placement
 
 
@@ -80,7 +80,7 @@ def read_placement(
     InvalidInput
         When it is no such file.
     """
-    found = read_arrays(path, "phy2log", "layer_ids")
+    found = read_members(path, (), ("phy2log", "layer_ids"), largest=LARGEST)
     held = found.get("phy2log", np.zeros(0))
     if held.ndim != 2 or held.dtype.kind not in "iu" or not held.size:
         raise InvalidInput(f"{path}: expected an array phy2log of integers, (num_layers, num_slots)")

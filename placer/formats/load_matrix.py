@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import json
 import re
-import struct
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from placer import torchfile
+from placer import npz, torchfile
 from placer.counts import Counts, whole_loads
 from placer.errors import InvalidInput
 from placer.formats import Hints, _loads, _npy
-from placer.npz import read_member
 
 KEYS = ("logical_count", "load", "expert_load", "weight")
 
@@ -49,7 +46,7 @@ def sniff(path: Path) -> bool:
             return bool(_NESTED.match(begin) or _KEY.match(begin))
         if torchfile.head(path, len(_TENSOR)) == _TENSOR:
             return _is_matrix(torchfile.load(path))
-        return Counts.holds(path) or any(f"{key}.npy" in _members(path) for key in KEYS)
+        return Counts.holds(path) or bool({*KEYS} & {*npz.names(path)})
     except InvalidInput:
         return False
 
@@ -117,23 +114,9 @@ def _entry(found: dict[Any, Any], where: str) -> Any:
 
 def _archive(path: Path) -> dict[str, Any]:
     """The matrix of an .npz under its name, or under the first known one where it stands alone."""
-    members = [name.removesuffix(".npy") for name in _members(path) if name.endswith(".npy")]
+    members = npz.names(path)
     known = [key for key in KEYS if key in members]
-    if not known and len(members) != 1:
+    if members and not known and len(members) != 1:
         raise InvalidInput(f"{path}: found arrays {_loads.told(members)}, expected one of {', '.join(KEYS)}")
-    key = (known or members)[0]
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {KEYS[0]: read_member(archive, path, key)}
-    except InvalidInput as error:
-        raise InvalidInput(f"{path}: {error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
-        raise InvalidInput(f"{path}: not an .npz, or a truncated one: {error}") from None
-
-
-def _members(path: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.namelist()
-    except (OSError, NotImplementedError, ValueError, zipfile.BadZipFile, struct.error) as error:
-        raise InvalidInput(f"{path}: not an .npz, or a truncated one: {error}") from None
+    key = (known or members or KEYS)[0]
+    return {KEYS[0]: npz.read_members(path, [key])[key]}

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from placer import npz
 from placer.errors import InvalidInput
-from placer.formats import Hints, _capture, _npz
+from placer.formats import Hints, _capture
 from placer.trace import Trace
 
 Array = NDArray[Any]
@@ -37,7 +38,7 @@ def sniff(path: Path) -> bool:
     """Whether a file is an ``.npz`` of layers, or a ``torch.save`` of a list that begins with a tensor."""
     from placer import torchfile
 
-    names = _npz.names(path)
+    names = npz.names(path)
     if names:
         return all(_LAYER.fullmatch(name) for name in names)
     start = torchfile.head(path, 512)
@@ -91,7 +92,7 @@ def _layers(path: Path) -> list[tuple[str, Array]]:
     """The arrays of a file with their names, in the order of layers."""
     from placer import torchfile
 
-    names = _npz.names(path)
+    names = npz.names(path)
     if not names:
         value = torchfile.load(path)
         if not isinstance(value, list | tuple) or not all(isinstance(one, np.ndarray) for one in value):
@@ -105,5 +106,5 @@ def _layers(path: Path) -> list[tuple[str, Array]]:
         raise InvalidInput(
             f"{path}: found arrays {', '.join(names)[:80]}, expected layer_0 or arr_0, and on without gaps"
         )
-    arrays = _npz.arrays(path, names)
+    arrays = npz.read_members(path, names)
     return [(names[at], arrays[names[at]]) for at in np.argsort(numbers)]

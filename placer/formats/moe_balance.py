@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from placer import npz
 from placer.errors import InvalidInput
-from placer.formats import Hints, _capture, _json, _npz
+from placer.formats import Hints, _capture, _json
 from placer.trace import Trace
 
 Array = NDArray[Any]
@@ -44,7 +45,7 @@ class _Batch:
 
 def sniff(path: Path) -> bool:
     """Whether a file is JSON lines with ``topk_experts``, or an ``.npz`` with ``routed_experts``."""
-    if "routed_experts" in _npz.names(path):
+    if "routed_experts" in npz.names(path):
         return True
     try:
         with path.open("rb") as file:
@@ -62,7 +63,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Trace:
     InvalidInput
         When a file is damaged, a batch lacks a layer that others have, or the number of experts is not known.
     """
-    binary = [bool(_npz.names(path)) for path in paths]
+    binary = [bool(npz.names(path)) for path in paths]
     if any(binary) and not all(binary):
         raise InvalidInput(
             f"{paths[binary.index(True)]}: an .npz among JSON lines; expected files of one kind"
@@ -86,7 +87,7 @@ def read(paths: Sequence[Path], hints: Hints) -> Trace:
 
 
 def _request(path: Path) -> _capture.Request:
-    arrays = _npz.arrays(path, ["routed_experts", *({"request_id"} & set(_npz.names(path)))])
+    arrays = npz.read_members(path, ["routed_experts", *({"request_id"} & set(npz.names(path)))])
     label = arrays.get("request_id")
     known = label is not None and label.size == 1 and label.dtype.kind in "iuU"
     return _capture.Request(

@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from placer import npz
 from placer.errors import InvalidInput
-from placer.formats import Hints, _npz
+from placer.formats import Hints
 from placer.merging import merge
 from placer.trace import Trace
 
 
 def sniff(path: Path) -> bool:
     """Whether a file is an ``.npz`` with ``topk_idx`` and ``meta``."""
-    return {"topk_idx", "meta"} <= set(_npz.names(path))
+    return {"topk_idx", "meta"} <= set(npz.names(path))
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Trace:
