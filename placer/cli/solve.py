@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import shlex
+import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import placer
-from placer.cli import counted, options
+from placer.cli import counted, options, types
 from placer.cli.interrupt import EXIT_CODE, interruptible
 
 if TYPE_CHECKING:
     from placer.model import Model
-    from placer.result import Result
+    from placer.result import Event, Result
     from placer.topology import Topology
 
 _EPILOG = """\b
@@ -105,6 +108,13 @@ where pins.toml holds any number of these (layers = [0, 1] narrows each to some 
 )
 @click.option("--log", "log_file", type=options.Output(), help="Also write the log, one JSON object a line.")
 @click.option("-o", "--output", type=options.Output(), help="Write the placement file.")
+@click.option(
+    "--report",
+    "page_file",
+    type=types.Output(),
+    metavar="FILE",
+    help="Also write a page to look at, as 'placer report' does.",
+)
 @options.as_json
 @options.quiet
 @click.pass_context
@@ -130,6 +140,7 @@ def command(
     prove: bool,
     log_file: Path | None,
     output: Path | None,
+    page_file: Path | None,
     as_json: bool,
     quiet: bool,
     **limits: Any,
@@ -156,11 +167,19 @@ def command(
     from placer.spectrum import CAPS, chosen, spectrum
     from placer.trace import Trace
 
-    for path, name in ((output, "-o"), (log_file, "--log")):
-        if path is not None and options.same_file(path, trace):
+    files = {
+        name: path for name, path in (("-o", output), ("--log", log_file), ("--report", page_file)) if path
+    }
+    for name, path in files.items():
+        if options.same_file(path, trace):
             raise click.UsageError(f"{name} {path}: would overwrite the trace")
-    if output is not None and log_file is not None and output == log_file:
-        raise click.UsageError(f"-o and --log: found {output} for both, expected two files")
+    for (one, path), (other, same) in itertools.combinations(files.items(), 2):
+        if path == same:
+            raise click.UsageError(f"{one} and {other}: found {path} for both, expected two files")
+    if page_file is not None:
+        from placer import html
+
+        html.require()
     if Counts.holds(trace):
         counted.refuse(
             {
@@ -169,6 +188,7 @@ def command(
                 "--max-load auto": limits["max_load"] == "auto",
                 "--load-model activated": limits["load_model"] != "tokens",
                 "--steady": steady,
+                "--report": page_file is not None,
                 "--tokens-per-step": tokens_per_step is not None,
                 "--phase": phase is not None,
             }
@@ -227,13 +247,19 @@ def command(
         f"{problem.num_ranks} ranks x {', '.join(map(str, sizes))} slots, method {method}, seed {seed}"
     )
 
+    events: list[dict[str, Any]] = []
+
+    def heard(event: Event) -> None:
+        events.append(asdict(event))
+        log.add(event)
+
     def search(stop: threading.Event) -> Result:
         budget = options.budget(time_limit, rounds, gap)
         how: dict[str, Any] = {
             "seed": seed,
             "jobs": options.workers(jobs),
             "prove": prove,
-            "on_event": log.add,
+            "on_event": heard,
             "stop": stop,
         }
         with log.running(problem.num_layers * (len(CAPS) if spread else len(sizes)), time_limit):
@@ -251,6 +277,8 @@ def command(
             return chosen(points)
 
     result, interrupted = interruptible(search)
+    made_of = {**result.placement.provenance, "trace_digest": routed.digest}
+    result = replace(result, placement=replace(result.placement, provenance=made_of))
     if output is not None:
         result.placement.save(output)
     usual = result.placement.slots_per_rank if copies is None else allotment.even_slots(problem, copies)
@@ -283,6 +311,20 @@ def command(
         "baseline": baseline.to_dict(),
         "placement": None if output is None else str(output),
     }
+    if page_file is not None:
+        log.say(f"writing {page_file}...")
+        html.page(
+            result.placement,
+            routed,
+            machine,
+            linear=linear,
+            fitted=routed,
+            result=document,
+            events=events,
+            name="placement.json" if output is None else str(output),
+            command=shlex.join(["placer", *sys.argv[1:]]),
+            **pricing,
+        ).save(page_file)
     written = "not written (-o FILE writes it)" if output is None else f"written to {output}"
     options.show(document, "\n".join([str(report), f"placement {written}", *summary]), as_json)
     if interrupted:

@@ -19,6 +19,7 @@ Numbers = Sequence[float] | npt.NDArray[np.floating]
 
 BEFORE, AFTER, OURS = "#c8761b", "#2b83ba", "#c8761b"
 SCALE = "Cividis"
+COUNTED = 16  # units that are numbered one by one along an axis
 USUAL, PLACED = "contiguous", "this placement"
 SYMBOLS = (
     "circle",
@@ -82,7 +83,10 @@ def per_layer(what: str, layers: Sequence[int], after: Numbers, before: Numbers 
     ]
     told = {"hovertemplate": plain(what) + ", layer %{x}: %{y:.4g}<extra>%{fullData.name}</extra>"}
     margin = {"l": 45, "b": 40}
-    axes = {"xaxis": _axis("layer", tickformat="d"), "yaxis": {"automargin": True, "zeroline": False}}
+    axes = {
+        "xaxis": _counting("layer", max(layers, default=0) - min(layers, default=0)),
+        "yaxis": {"automargin": True, "zeroline": False},
+    }
     return _figure([trace | told for trace in traces], margin=margin, **axes)
 
 
@@ -117,7 +121,7 @@ def load_bars(unit: str, after: Numbers, before: Numbers | None = None, *, group
     edges = range(group, len(after), group) if group else ()
     return _figure(
         traces,
-        xaxis=_axis(unit, tickformat="d"),
+        xaxis=_counting(unit, len(after)),
         yaxis=_axis("% above the mean", zeroline=True),
         shapes=[_edge(at - 0.5) for at in edges],
         bargap=0.15,
@@ -175,8 +179,8 @@ def flow(unit: str, moved: npt.NDArray[np.floating], top: float, *, group: int =
     told = f"from {unit} %{{y}} to {unit} %{{x}}: %{{z:.3g}} {name}"
     return _figure(
         [_matrix((moved / size).tolist(), top / size, name, told)],
-        xaxis=_axis(f"to {unit}", constrain="domain", tickformat="d"),
-        yaxis=_axis(f"from {unit}", autorange="reversed", tickformat="d"),
+        xaxis=_counting(f"to {unit}", len(moved), constrain="domain"),
+        yaxis=_counting(f"from {unit}", len(moved), autorange="reversed"),
         shapes=lines,
         margin={"t": 10, "b": 90},
     )
@@ -188,8 +192,8 @@ def icicle(nodes: Sequence[Mapping[str, Any]], top: float) -> Figure:
     Parameters
     ----------
     nodes : sequence of dict
-        ``id``, ``parent`` (the id of the unit around, or ""), ``name``, ``gpus`` in it, and of what leaves it in one
-        step ``seconds`` and ``text``.
+        ``id``, ``parent`` (the id of the unit around, or ""), ``name``, ``gpus`` in it, of what leaves it in one step
+        ``seconds`` and ``text``, and whether there is room for the text (``told``).
     top : float
         Seconds that are shown brightest.
     """
@@ -207,7 +211,8 @@ def icicle(nodes: Sequence[Mapping[str, Any]], top: float) -> Figure:
                 "pathbar": {"visible": False},
                 "tiling": {"orientation": "v"},
                 "textposition": "middle center",
-                "texttemplate": "%{label}<br>%{text}",
+                "textinfo": "none",
+                "texttemplate": ["%{label}<br>%{text}" if node["told"] else "" for node in nodes],
                 "hovertemplate": "%{label}: %{text}<extra></extra>",
                 "marker": {
                     "colors": [1e3 * node["seconds"] for node in nodes],
@@ -221,7 +226,6 @@ def icicle(nodes: Sequence[Mapping[str, Any]], top: float) -> Figure:
             }
         ],
         margin={"t": 10, "b": 50, "l": 5, "r": 5},
-        uniformtext={"minsize": 7, "mode": "hide"},
     )
 
 
@@ -438,6 +442,11 @@ def _figure(
 
 def _axis(title: str, **more: Any) -> dict[str, Any]:
     return {"title": {"text": title, "standoff": 8}, "automargin": True, "zeroline": False, **more}
+
+
+def _counting(title: str, number: int, **more: Any) -> dict[str, Any]:
+    """An axis of whole numbers; plotly would put marks between few ones."""
+    return _axis(title, tickformat="d", **({"dtick": 1} if number <= COUNTED else {}), **more)
 
 
 def _bar(unit: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from placer.report import format_bytes, format_seconds
 from placer.topology import Topology
 
 LARGEST_ICICLE = 512  # GPUs shown one by one
+READABLE = 16  # units side by side whose text can be read
 BOTH = ("baseline", "report")
 
 
@@ -105,6 +106,7 @@ def _nodes(measures: Measures, topology: Topology, shown: list[int]) -> list[dic
             "gpus": topology.num_ranks,
             "seconds": 0.0,
             "text": "",
+            "told": True,
         }
     ]
     around: int | None = None
@@ -121,6 +123,7 @@ def _nodes(measures: Measures, topology: Topology, shown: list[int]) -> list[dic
                     "gpus": size,
                     "seconds": busy,
                     "text": f"{format_bytes(volume)}, {format_seconds(busy)}",
+                    "told": topology.num_units[level] <= READABLE,
                 }
             )
         around = level

@@ -20,7 +20,7 @@ from placer.topology import Topology
 from placer.trace import Trace
 
 LARGEST_BY_RANK = 64  # ranks whose exchange is shown rank by rank; beyond, server by server
-SAMPLED = 100_000  # tokens counted again for each source where homes are uniform and experts have copies
+SAMPLED = 50_000  # tokens counted again for each source where homes are uniform and experts have copies
 #: Schemes whose vectors land on the home's own rail, whoever needs them.
 RAILED = frozenset({"hierarchical", "allgather"})
 

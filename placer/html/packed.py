@@ -14,7 +14,7 @@ from placer.placement import Placement
 from placer.topology import Topology
 from placer.traffic import Traffic
 
-LARGEST = 2_600_000  # characters of co-activation in one page
+LARGEST = 2_750_000  # characters of co-activation, orders of experts and load in one page
 BRIGHTEST = 0.995  # quantile of the shares that is shown brightest
 PER_MILLE = 1000
 
@@ -50,7 +50,10 @@ def coactivation(
     assert traffic.pairs is not None
     experts = traffic.load.shape[1]
     above = np.triu_indices(experts, 1)
-    room = max(1, LARGEST // max(1, 4 * (len(above[0]) // 3 + 1)))
+    slots = sum(placement.num_slots for placement in placements.values())
+    each = 4 * (len(above[0]) // 3 + 1) + len(str(-experts)) * slots  # of one layer: its pairs, its orders
+    loads = 4 * len(layer_ids) * topology.num_ranks * len(placements)  # at most, see `load`
+    room = max(1, (LARGEST - loads) // each)
     count = min(room, len(layer_ids))
     shown = np.unique(np.linspace(0, len(layer_ids) - 1, count).round().astype(int))
     shares = np.stack([traffic.pairs[layer][above] for layer in shown]) / max(1, traffic.num_tokens)

@@ -85,7 +85,8 @@ def verdict(
     volume, heat = f"bytes_per_token.{level}", f"load.{level}"
     change = relative(numbers.get(f"report.{volume}"), numbers.get(f"baseline.{volume}"))
     means = [numbers.get(f"{which}.{heat}.max_over_mean") for which in ("report", "baseline")]
-    word = WORDS[_sign(change, SAME, unknown=1), _sign(means[0] - means[1], HEAT)]
+    steps = relative(numbers.get("report.seconds.step"), numbers.get("baseline.seconds.step"))
+    word = _word(change, means[0] - means[1], 0.0 if steps is None else steps)
     if not numbers.get(f"report.{volume}") and not change:
         first = Markup("no {} at all").format(BETWEEN[level])
     elif change is None:
@@ -110,6 +111,14 @@ def verdict(
         sentence += ", " + Markup(str(escape(proof))).format(gap=gap)
     tone = TONES.get(word, "even")
     return Verdict(word=word, tone=tone, sentence=sentence, step=_step(numbers))
+
+
+def _word(traffic: float | None, heat: float, step: float) -> str:
+    """The judgement on changes of traffic, load and step; where they disagree a longer step is worse."""
+    word = WORDS[_sign(traffic, SAME, unknown=1), _sign(heat, HEAT)]
+    if step <= SAME:
+        return word
+    return {"A trade": "Worse", "Better": "A trade", "More even load": "A trade"}.get(word, word)
 
 
 def _step(numbers: Numbers) -> Any:
