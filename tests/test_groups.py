@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instances import noisy_trace
 
 from placer import Budget, Problem, Topology, Trace, solve
 from placer.errors import InvalidInput
 from placer.groups import group_sets, in_whole_groups
 from placer.permutation import Permutation
-from tests.instances import noisy_trace
 
 
 def gated(seed: int, *, groups: int = 4, width: int = 4, tokens: int = 300, layers: int = 1) -> Trace:

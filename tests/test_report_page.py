@@ -531,3 +531,15 @@ def test_duels_count_layers_and_intervals_hold_the_change() -> None:
     assert (back.wins, back.losses) == (gained.losses, gained.wins)
     same = duel(every["linear"], every["linear"])
     assert (same.wins, same.ties, same.losses, same.change) == (0, 8, 0, 0.0)
+
+
+def test_solve_writes_the_page_of_its_result(tmp_path: Path) -> None:
+    trace, page, placement = tmp_path / "t.npz", tmp_path / "r.html", tmp_path / "p.json"
+    noisy_trace().save(trace)
+    where = ("-t", "dgx-h100", "--shape", "1x4x1", "--method", "lpt")
+    outcome = placer("solve", trace, *where, "-o", placement, "--report", page, "--json")
+    assert outcome.code == 0, outcome.err
+    shown = block(page.read_text())
+    assert shown["report"] == outcome.document["report"]
+    assert Placement.load(placement).provenance["trace_digest"] == Trace.load(trace).digest
+    assert placer("solve", trace, *where, "-o", page, "--report", page).code == 2

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from terminal import placer
 
 from placer import Placement, Trace
-from tests.terminal import placer
 
 README = Path(__file__).parents[1] / "README.md"
 
