@@ -46,8 +46,8 @@ def convert(
     Raises
     ------
     InvalidInput
-        When a file is damaged, of no known format or of another than the first, leaves open what `hints` must then
-        say, or there are no steps to drop.
+        When a file is damaged, named twice, of no known format or of another than the first, leaves open what
+        `hints` must then say, or there are no steps to drop.
 
     Warns
     -----
@@ -63,8 +63,13 @@ def convert(
     ('npy', Trace(num_experts=4, ..., layer_ids=(0, 1), ...))
     """
     found: dict[Path, str] = {}
+    seen: set[Path] = set()
     for path in paths:
-        found |= _recordings(path, name)
+        more = _recordings(path, name)
+        if again := [file for file in more if file.resolve() in seen]:
+            raise InvalidInput(f"{again[0]}: is among the inputs twice, expected once")
+        seen.update(file.resolve() for file in more)
+        found |= more
     (first, kind), *others = found.items()
     for path, other in others:
         if other != kind:

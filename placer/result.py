@@ -89,9 +89,9 @@ class Result:
     notes : tuple of str
         What the run decided by itself, in words.
     steady : dict of dict, optional
-        ``before`` and ``after`` the swaps that even out single steps: ``load_per_step.gpu.mean``, the busiest GPU's
-        load over mean, averaged over steps and layers (as load caps count it), and ``touched.gpu``. None, and not in
-        the JSON document, unless asked for.
+        ``before`` and ``after`` the swaps that even out single steps: ``load_per_step.gpu.mean`` (of tokens;
+        ``activated_per_step`` where caps count activations), the busiest GPU's load over mean, averaged over steps and
+        layers, and ``touched.gpu``. None, and not in the JSON document, unless asked for.
     """
 
     placement: Placement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
@@ -176,21 +177,22 @@ def with_margin(problem: Problem, *, clock: Clock | None = None, jobs: int = 1) 
 def baseline_placement(problem: Problem) -> Placement:
     """Contiguous experts, with copies in the spare slots where memory allows: what results are compared to.
 
-    Constraints are not kept.
+    Where GPUs differ in speed there are no copies. Constraints are not kept.
     """
+    bare = bool(problem.topology.speeds) and problem.num_slots > problem.num_experts
     alike = replace(problem.topology, gpu_speeds=())
     problem = replace(problem, topology=alike, constraints=None, whole_groups=False, load_model="tokens")
-    try:
-        return solve(problem, "linear").placement
-    except Infeasible:
-        layers = [problem.layer(index) for index in range(problem.num_layers)]
-        return Placement(
-            physical_to_logical=np.stack([layer.slots(layer.linear()) for layer in layers]),
-            num_experts=problem.num_experts,
-            shape=problem.topology.shape,
-            layer_ids=problem.layer_ids,
-            rule=problem.replica_choice,
-        )
+    with contextlib.suppress(Infeasible):  # copies take memory
+        if not bare:
+            return solve(problem, "linear").placement
+    layers = [problem.layer(index) for index in range(problem.num_layers)]
+    return Placement(
+        physical_to_logical=np.stack([layer.slots(layer.linear()) for layer in layers]),
+        num_experts=problem.num_experts,
+        shape=problem.topology.shape,
+        layer_ids=problem.layer_ids,
+        rule=problem.replica_choice,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -469,7 +471,8 @@ def _steady(problem: Problem, done: list[_Done]) -> dict[str, dict[str, float]] 
         steps = sum(layer.steps for layer in layers)
         gained[when] = sum(layer.peaks for layer in layers) / steps if steps else 1.0
         paid[when] = sum(layer.touched for layer in layers) / (len(layers) * problem.num_tokens)
-    return {"load_per_step.gpu.mean": gained, "touched.gpu": paid}
+    counted = "load_per_step" if problem.load_model == "tokens" else "activated_per_step"
+    return {f"{counted}.gpu.mean": gained, "touched.gpu": paid}
 
 
 def _table(problem: Problem, done: list[_Done]) -> npt.NDArray[np.int32] | None:

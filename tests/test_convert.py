@@ -156,6 +156,19 @@ def test_hints_must_agree_with_a_trace_and_may_name_its_model(tmp_path: Path) ->
     assert placer(*arguments, "--model", "toy", "--json").document["model"] == "toy"
 
 
+def test_counts_that_agree_convert_into_one_and_others_are_refused(tmp_path: Path) -> None:
+    one, other, out = (tmp_path / f"{name}.npz" for name in ("one", "other", "out"))
+    for path in (one, other):
+        Counts(load=np.array([[3, 1], [2, 2]]), layer_ids=(7, 9), num_tokens=4, num_groups=2).save(path)
+    assert placer("convert", one, other, "--model", "toy", "-o", out, "--json").document["model"] == "toy"
+    made = Counts.open(out)
+    assert made.load.tolist() == [[6, 2], [4, 4]]
+    assert (made.layer_ids, made.model, made.num_groups, made.num_tokens) == ((7, 9), "toy", 2, 8)
+    refused(placer("convert", one, "--num-experts", 8, "-o", out), "one.npz: num_experts is 2, expected 8")
+    Counts(load=np.array([[3, 1]]), layer_ids=(7,)).save(other)
+    refused(placer("convert", one, other, "-o", out), "other.npz: layer_ids is (7,), expected (7, 9)")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -200,6 +213,23 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
     before = path.read_bytes()
     refused(placer("convert", path, "-o", path), "is one of the inputs")
     assert path.read_bytes() == before
+
+
+def test_an_input_named_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rec").mkdir()
+    trace().save("rec/a.npz")
+    Path("link.npz").symlink_to("rec/a.npz")
+    for inputs in (
+        ["rec/a.npz", "rec/a.npz"],
+        ["rec/a.npz", "rec/../rec/a.npz"],
+        ["rec/a.npz", tmp_path / "rec" / "a.npz"],
+        ["rec/a.npz", "link.npz"],
+        ["rec", "rec/a.npz"],
+        ["rec", "rec"],
+    ):
+        refused(placer("convert", *inputs, "-o", "t.npz"), "is among the inputs twice, expected once")
+    assert not Path("t.npz").exists()
 
 
 def test_a_damaged_file_of_a_folder_is_named_and_nothing_written(tmp_path: Path) -> None:

@@ -125,6 +125,14 @@ def test_a_request_of_one_token_has_no_routing(tmp_path: Path) -> None:
     assert read(path).num_tokens == 2
 
 
+@pytest.mark.parametrize("key", ["routed_experts", "prompt_routed_experts"])
+@pytest.mark.parametrize("ids", [[[[2, 3]], [[2, True]]], [[[False, 3]]], [[[True, False]]]])
+def test_true_and_false_are_no_experts(tmp_path: Path, key: str, ids: Any) -> None:
+    path = text(tmp_path / "r.json", json.dumps({key: ids}))
+    with pytest.raises(InvalidInput, match=rf"r\.json: line 1: {key}: found true or false, expected integers"):
+        read(path)
+
+
 # -- SGLang ------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +231,20 @@ def test_tokens_that_were_not_recorded_are_left_out_and_said(tmp_path: Path) -> 
     assert trace.topk_idx.tolist() == [[[3, 1]], [[2, 1]]]
     assert trace.sequence is not None
     assert trace.sequence.tolist() == [0, 0]
+
+
+def test_tokens_without_any_expert_are_left_out_and_not_said_to_be_expert_0(tmp_path: Path) -> None:
+    none, zero, used = [[-1, -1], [-1, -1]], [[0, 0], [0, 0]], [[0, 2], [3, 1]]
+    path = npy(tmp_path / "ids.npy", np.array([none, used, none]))
+    with pytest.warns(UserWarning, match="left out") as said:
+        assert read(path).topk_idx.tolist() == [used]
+    assert [str(one.message) for one in said] == ["2 tokens without an expert in any layer: left out"]
+    with pytest.warns(UserWarning, match="left out") as said:
+        read(npy(path, np.array([none, used, zero, zero, [[-1, -1], [0, 0]]])))
+    assert [str(one.message) for one in said] == [
+        "1 tokens without an expert in any layer: left out",
+        "3 tokens with no expert but 0 in any layer were not recorded: left out",
+    ]
 
 
 def test_a_layer_that_sometimes_repeats_an_expert_is_refused(tmp_path: Path) -> None:

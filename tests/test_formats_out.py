@@ -497,6 +497,10 @@ def test_a_device_fuller_than_the_fullest_layers_average_is_refused() -> None:
     made = placement([[0, 1, 2, 3, -1, -1]], (1, 1, 2), layer_ids=(5,))
     with pytest.raises(InvalidInput, match="layer 5, rank 0: found 3 experts, expected at most 2"):
         omni_infer.write(made, Target())
+    # Three on two devices make room for one on each.
+    made = placement([[0, 1, 2, -1]], (1, 1, 2), layer_ids=(5,))
+    with pytest.raises(InvalidInput, match="layer 5, rank 0: found 2 experts, expected at most 1"):
+        omni_infer.write(made, Target())
     # A layer that is full elsewhere makes the room.
     assert cube(placement([[0, 1, 2, 3, -1, -1], [0, 1, 2, 3, 0, 1]], (1, 1, 2))).sum() == 10
 

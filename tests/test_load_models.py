@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instances import noisy_trace, problem
 
 from placer import Budget, Constraints, Model, Placement, Problem, Topology, Trace, evaluate, solve
 from placer.batches import activations, uses_by_step
@@ -22,10 +23,10 @@ from placer.cli import main
 from placer.constraints import Apart, Free
 from placer.errors import InvalidInput
 from placer.layer import Layer
+from placer.solution import baseline_placement
 from placer.solvers.refine import excess_changes
 from placer.steadiness import steadied, steadiness
 from placer.timing import compute_seconds
-from tests.instances import noisy_trace, problem
 
 CAPPED = ("lpt", "tabu", "refine", "anneal", "cpsat", "auto")
 QUICK = Budget(seconds=None, rounds=1)
@@ -233,7 +234,7 @@ def test_a_layer_without_any_choice_is_even() -> None:
         level: {"max_over_mean": 1.0, "worst_layer": 1.0} for level in ("gpu", "server", "rack")
     }
     assert result.steady is not None
-    assert result.steady["load_per_step.gpu.mean"] == {"before": 1.0, "after": 1.0}
+    assert result.steady["activated_per_step.gpu.mean"] == {"before": 1.0, "after": 1.0}
 
 
 def test_what_is_not_defined_is_refused_in_one_line() -> None:
@@ -316,6 +317,21 @@ def test_steadiness_counts_what_caps_count(once: bool) -> None:
     assert found.touched == sum(len({gpu_of[e] for e in ids}) for ids in tokens)
     even = steadied(layer, row)
     assert sum(peaks(trace, 0, even, 4, once=once)) < sum(expected)
+
+
+def test_what_steady_counts_has_the_name_of_what_caps_count() -> None:
+    trace = stepped(tokens=900, layers=2)
+    posed = problem(trace, "1x2x4", max_load=1.2, load_model="activated")
+    result = solve(posed, "tabu", budget=QUICK, steady=True)
+    assert result.steady is not None
+    assert result.steady.keys() == {"activated_per_step.gpu.mean", "touched.gpu"}
+
+
+def test_gpus_of_different_speed_are_compared_with_contiguous_experts_without_copies() -> None:
+    posed = problem(stepped(), "1x2x4", slots_per_gpu=3)
+    assert baseline_placement(posed).has_copies
+    uneven = replace(posed, topology=replace(posed.topology, gpu_speeds=(1.0, 2.0, 1.0, 1.0)))
+    assert not baseline_placement(uneven).has_copies
 
 
 def test_solve_says_both_prices_as_the_evaluator_counts_them() -> None:
@@ -567,7 +583,7 @@ def test_the_command_shows_what_each_option_does(tmp_path: Path) -> None:
         main, [*asked, *steps, "--steady", "--load-model", "activated", "--json", "-o", str(output)]
     )
     document = json.loads(found.stdout)
-    assert document["steady"].keys() == {"load_per_step.gpu.mean", "touched.gpu"}
+    assert document["steady"].keys() == {"activated_per_step.gpu.mean", "touched.gpu"}
     assert document["report"]["load_activated"].keys() == {"gpu", "server", "rack"}
     assert Placement.load(output).provenance["load_model"] == "activated"
     for options, said in (

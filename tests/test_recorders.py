@@ -475,6 +475,70 @@ def test_files_of_counts_are_taken_as_they_are(tmp_path: Path) -> None:
     assert (again.layer_ids, again.model, again.num_tokens) == ((7, 9), "toy", 5)
 
 
+def own(path: Path, load: Any = LOAD[1:], **more: Any) -> Path:
+    """A file of counts as placer writes them."""
+    meta: dict[str, Any] = {"layer_ids": (7, 9), "model": "toy", "num_tokens": 5, "num_groups": 3, **more}
+    Counts(load=np.array(load), **meta).save(path)
+    return path
+
+
+def test_files_of_counts_that_agree_are_added_up_and_keep_what_they_say(tmp_path: Path) -> None:
+    paths = [
+        own(tmp_path / "a.npz", source="here"),
+        own(tmp_path / "b.npz", [[1, 0, 0], [0, 0, 0]], num_tokens=7, source="there"),
+        own(tmp_path / "c.npz", [[0, 0, 0], [0, 0, 2]], num_tokens=1, source="here"),
+    ]
+    counts = counts_of(*paths)
+    assert counts.load.tolist() == [[6, 1, 0], [2, 2, 11]]
+    assert (counts.layer_ids, counts.model, counts.num_groups) == ((7, 9), "toy", 3)
+    assert (counts.num_tokens, counts.source, counts.name) == (13, "here; there", "a")
+    assert counts_of(*paths, own(tmp_path / "d.npz", num_tokens=None)).num_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"layer_ids": (7, 8)}, r"b\.npz: layer_ids is \(7, 8\), expected \(7, 9\) as in .*a\.npz"),
+        ({"model": "doll"}, r"b\.npz: model is doll, expected toy as in .*a\.npz"),
+        ({"model": None}, r"b\.npz: model is None, expected toy as in .*a\.npz"),
+        ({"num_groups": 1}, r"b\.npz: num_groups is 1, expected 3 as in .*a\.npz"),
+        ({"load": [[1] * 6] * 2}, r"b\.npz: num_experts is 6, expected 3 as in .*a\.npz"),
+        ({"load": [[1] * 3], "layer_ids": (7,)}, r"b\.npz: layer_ids is \(7,\), expected \(7, 9\)"),
+    ],
+)
+def test_files_of_counts_that_differ_are_refused(other: dict[str, Any], match: str, tmp_path: Path) -> None:
+    refused(match, own(tmp_path / "a.npz"), own(tmp_path / "b.npz", **other))
+
+
+def test_counts_and_matrices_without_layers_are_not_mixed(tmp_path: Path) -> None:
+    paths = own(tmp_path / "a.npz"), written(tmp_path / "b.npy", LOAD[1:])
+    match = r"b\.npy: found a matrix of loads alone, expected counts as in .*a\.npz"
+    refused(match, *paths)
+    refused(match, *reversed(paths))
+
+
+def test_hints_must_agree_with_counts_and_may_name_their_model(tmp_path: Path) -> None:
+    named, unnamed = own(tmp_path / "named.npz"), own(tmp_path / "unnamed.npz", model=None)
+    refused(r"named\.npz: num_experts is 3, expected 8", named, num_experts=8)
+    refused(r"named\.npz: layer_ids is \(7, 9\), expected \(1, 2\)", named, layer_ids=(1, 2))
+    assert counts_of(named, num_experts=3, layer_ids=(7, 9)).model == "toy"
+    assert counts_of(unnamed, model="x").model == "x"
+    assert counts_of(named, unnamed, model="toy").model == "toy"
+    refused(r"unnamed\.npz: model is doll, expected toy", named, unnamed, model="doll")
+
+
+def test_loads_that_together_are_too_large_to_count_are_refused(tmp_path: Path) -> None:
+    large = [[2**61, 0], [0, 0]]  # nine of them would wrap round to one
+    for suffix in ("npy", "npz"):
+        paths = [tmp_path / f"{at}.{suffix}" for at in range(9)]
+        for path in paths:
+            if suffix == "npz":
+                own(path, large, num_groups=1)
+            else:
+                written(path, large)
+        refused(rf"1\.{suffix}: found a sum of 4\.61e\+18, expected less than 2\*\*62", *paths)
+
+
 def test_arrays_of_ids_are_no_loads(tmp_path: Path) -> None:
     ids = np.argsort(np.random.default_rng(0).random((50, 3, 16)), axis=2)[:, :, :4]
     np.save(tmp_path / "ids.npy", ids)

@@ -84,7 +84,7 @@ def trace(
     Warns
     -----
     UserWarning
-        When tokens were not recorded (0 in every layer) and are left out.
+        When tokens have no expert, or were not recorded (0 in every layer), and are left out.
 
     Examples
     --------
@@ -106,9 +106,13 @@ def trace(
     missing = sum(map(len, recorded)) - sum(lengths)
     if missing == sum(map(len, recorded)):
         raise InvalidInput(f"{kept[0].where}: no token has an expert in any layer")
-    if missing:
+    left = [request.ids[~rows] for request, rows in zip(kept, recorded, strict=True)] if missing else []
+    if empty := sum(int((ids < 0).all(axis=(1, 2)).sum()) for ids in left):
+        warnings.warn(f"{empty} tokens without an expert in any layer: left out", stacklevel=2)
+    if missing > empty:
         warnings.warn(
-            f"{missing} tokens with expert 0 in every layer were not recorded: left out", stacklevel=2
+            f"{missing - empty} tokens with no expert but 0 in any layer were not recorded: left out",
+            stacklevel=2,
         )
     highest, at = max((int(request.ids.max()), -at) for at, request in enumerate(kept))
     experts, known = experts_of(model, hints, highest, kept[-at].where)

@@ -4,7 +4,8 @@ Tokens of each expert as whole numbers, ``(layers, experts)`` or ``(steps, layer
 up. Rows are the model's layers in order, those without load dense, unless ``--layer-ids`` names them. In dicts and
 ``.npz`` files the matrix stands under ``logical_count`` (SGLang), ``load``, ``expert_load`` or ``weight``; one array
 under another name is taken when the format is named. ``{"load_history": [{"logical_expert_load": ..}, ..]}``, the
-expert-load file of the ADRS EPLB task, is read as well. Files of `placer.counts.Counts` are taken as they are.
+expert-load file of the ADRS EPLB task, is read as well. Files of `placer.counts.Counts` are taken as they are, and
+several that agree are added up.
 
 Read: deepseek-ai/EPLB d52c72d; vllm-ascend ``examples/eplb/eplb_strategy.py``; SGLang 0.5 ``--init-expert-location``.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,49 @@ def sniff(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path], hints: Hints) -> Counts:
-    """The sum of the matrices in some files."""
-    if len(paths) == 1 and Counts.holds(paths[0]):
-        return Counts.open(paths[0])
+    """The sum of the matrices in some files; hints must agree with counts, and name a model where they name none.
+
+    Raises
+    ------
+    InvalidInput
+        When a file is damaged, or one differs from the first or from a hint.
+    """
+    counts = [path for path in paths if Counts.holds(path)]
+    if counts:
+        if alone := [path for path in paths if path not in counts]:
+            raise InvalidInput(
+                f"{alone[0]}: found a matrix of loads alone, expected counts as in {counts[0]}; convert it first"
+            )
+        return _counts(counts, hints)
     load = _loads.added((str(path), _matrix(path)) for path in paths)
     return _loads.counts(load, hints, paths, "load matrix")
+
+
+def _counts(paths: Sequence[Path], hints: Hints) -> Counts:
+    """The sum of the counts in some files, which must be of the same layers and model."""
+    found = [Counts.open(path) for path in paths]
+    found = [counts if counts.model else replace(counts, model=hints.model) for counts in found]
+    first = found[0]
+    for path, counts in zip(paths, found, strict=True):
+        for key in ("num_experts", "layer_ids"):
+            hint, value = getattr(hints, key), getattr(counts, key)
+            if hint not in (None, value):
+                raise InvalidInput(f"{path}: {key} is {value!s:.60}, expected {hint!s:.60}")
+        for key in ("num_experts", "layer_ids", "num_groups", "model"):
+            value, expected = getattr(counts, key), getattr(first, key)
+            if value != expected:
+                raise InvalidInput(
+                    f"{path}: {key} is {value!s:.60}, expected {expected!s:.60} as in {paths[0]}"
+                )
+    tokens = [counts.num_tokens for counts in found if counts.num_tokens is not None]
+    sources = dict.fromkeys(counts.source for counts in found if counts.source is not None)
+    return replace(
+        first,
+        load=_loads.added((str(path), counts.load) for path, counts in zip(paths, found, strict=True)),
+        num_tokens=sum(tokens) if len(tokens) == len(found) else None,
+        model=hints.model or first.model,
+        source="; ".join(sources) or None,
+    )
 
 
 def _is_matrix(found: Any) -> bool:

@@ -79,5 +79,8 @@ def _decoded(value: Any, model: str | None = None) -> NDArray[Any]:
             ids = np.array(value)
         except ValueError as error:
             raise InvalidInput(f"lists of unequal lengths: {' '.join(str(error).split())}") from None
+        # Among integers numpy takes true and false for 1 and 0.
+        if ids.ndim == 3 and any(bool in map(type, row) for rows in value for row in rows):
+            raise InvalidInput("found true or false, expected integers")
         return ids if ids.size else np.empty((0, 1, 1), np.uint8)
     return _npy.from_bytes(_json.raw(value))

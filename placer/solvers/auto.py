@@ -30,6 +30,7 @@ START, SHARE = 4, 0.3  # rounds of search for where copies begin, and of the tim
 NEAR = 1.05  # copies of other methods are judged unless a sample of tokens costs so much more than with ours
 
 NO_TIME = "time ran out before copies were searched for: a longer --time-limit finds better ones"
+NONE_FOUND = "spare slots stay empty: no copies were found that cost less within the caps"
 SPARE_UNUSED = "spare slots stay empty: under constraints no copies are made"
 
 
@@ -81,7 +82,9 @@ def _with_copies(layer: Layer, placed: Placed, rng: np.random.Generator, clock: 
         if (judgement := judged(layer, other))[0] < value:
             best, (value, table) = other, judgement
     kept = placed if best is placed.slots else Placed(slots=best)
-    notes = (*placed.notes, NO_TIME) if runs == 0 and copies.suits(layer) else placed.notes
+    notes = placed.notes
+    if copies.suits(layer) and (runs == 0 or kept is placed):
+        notes = (*notes, NO_TIME if runs == 0 else NONE_FOUND)
     return replace(kept, table=table, rounds=placed.rounds + runs, notes=notes)
 
 
