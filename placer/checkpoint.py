@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from placer.shards import Shard, Tensor, parse_object, quoted
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
 _LARGEST_DOCUMENT = 100_000_000  # bytes of a JSON file
+# What regular expressions begin with in the settings of compressed-tensors, and of GPTQModel ("dynamic").
+_REGEX = ("re:", "+:", "-:")
+_NUMBERED = re.compile(r"(?<!shared_)experts\W*\d")
 _OTHER_WEIGHTS = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5"})
 
 
@@ -83,7 +87,7 @@ class Checkpoint:
         ------
         InvalidInput
             When a file is missing or damaged, a name leads out of the folder, index and shards differ, the model is of
-            no known family, or a tensor among its experts is unknown.
+            no known family, a tensor among its experts is unknown, or the quantisation is set for some of them only.
         """
         folder = Path(folder)
         files, passed_over = files_within(folder)
@@ -93,6 +97,8 @@ class Checkpoint:
         names = [SINGLE] if index is None else sorted(set(index.values()))
         shards = {name: Shard.open(folder / name) for name in names}
         holder = _holders(folder, shards, index)
+        layers = _layers(folder, family, holder)
+        _check_quantization(folder / CONFIG, config, layers)
         return cls(
             folder=folder,
             model_type=model_type,
@@ -102,7 +108,7 @@ class Checkpoint:
             passed_over=tuple(passed_over),
             shards=shards,
             holder=holder,
-            layers=_layers(folder, family, holder),
+            layers=layers,
         )
 
     @property
@@ -207,13 +213,49 @@ def _family(path: Path, config: dict[str, Any]) -> tuple[str, Family]:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         hint = nearest(model_type, FAMILIES) if isinstance(model_type, str) else nearest("", FAMILIES)
         raise InvalidInput(f"{path}: model_type: found {short(model_type)}, expected a known family; {hint}")
-    for word in _words(config.get("quantization_config")):
+    return model_type, FAMILIES[model_type]
+
+
+def _check_quantization(path: Path, config: dict[str, Any], layers: dict[int, Experts]) -> None:
+    """Refuse settings that name experts: the numbers in them stay when the experts move."""
+    for word in dict.fromkeys(_words(config.get("quantization_config"))):
         found = role(Family(), word) or role(Family(), f"{word}.weight")
         if found is not None and found.kind == "expert":
             raise InvalidInput(
                 f"{path}: quantization_config: names {quoted(word)}, which a permutation would not reach"
             )
-    return model_type, FAMILIES[model_type]
+        if not word.startswith(_REGEX):
+            continue
+        try:
+            apart = _tells_apart(re.compile(word.partition(":")[2]), layers.values())
+        except (re.error, RecursionError, OverflowError):
+            raise InvalidInput(
+                f"{path}: quantization_config: {quoted(word)} holds no regular expression"
+            ) from None
+        if apart:
+            raise InvalidInput(
+                f"{path}: quantization_config: {quoted(word)} means some experts of a layer, "
+                "which a permutation would not reach; expected all or none"
+            )
+
+
+def _tells_apart(pattern: re.Pattern[str], layers: Iterable[Experts]) -> bool:
+    """Whether a pattern matches, from the start, modules or tensors of some experts of a layer but not of others.
+
+    One that matches none of them is judged by its looks: fused experts are loaded under names that are not here.
+    """
+    matched = False
+    for found in layers:
+        tensors = {f".{part}" for own in found.parts.values() for part in own}
+        names = {"", *tensors, *(name.rpartition(".")[0] for name in tensors)}
+        reached = {
+            frozenset(name for name in names if pattern.match(f"{found.module}.experts.{expert}{name}"))
+            for expert in found.parts
+        }
+        if len(reached) > 1:
+            return True
+        matched = matched or any(reached)
+    return not matched and _NUMBERED.search(pattern.pattern.replace("[0-9]", r"\d")) is not None
 
 
 def _words(value: Any) -> list[str]:

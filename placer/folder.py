@@ -120,7 +120,7 @@ def new_folder(path: str | os.PathLike[str], size: int = 0) -> Iterator[Path]:
 
 
 def check_new(path: str | os.PathLike[str]) -> None:
-    """Refuse a name that is taken, by anything but an empty folder.
+    """Refuse a name that is taken, by anything but an empty folder that a new one can replace.
 
     Raises
     ------
@@ -128,6 +128,10 @@ def check_new(path: str | os.PathLike[str]) -> None:
         When it is.
     """
     target = Path(os.path.realpath(path))
+    if os.path.ismount(target):
+        raise InvalidInput(
+            f"{path}: a mount point, which nothing can replace; expected a new folder, say in it"
+        )
     try:
         taken = any(target.iterdir()) if target.is_dir() else target.exists()
     except OSError as error:

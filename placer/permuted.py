@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,14 @@ def permute(
     if record is not None:
         _check_match(source, record.permutation, source.folder / RECORD)
     total = change if record is None else change.after(record.permutation)
+    unsure = False
+    if inverse and placement is not None and record is not None:
+        if record.placement not in (None, placement.digest):
+            raise InvalidInput(
+                f"{source.folder / RECORD}: found placement {record.placement:.12} as the last applied, expected "
+                f"{placement.digest:.12}, which is to be undone; --inverse alone undoes everything recorded"
+            )
+        unsure = record.placement is None and not total.is_identity
     check_new(output)
     if Path(output).resolve().is_relative_to(source.folder.resolve()):
         raise InvalidInput(f"{output}: lies in {source.folder}, expected a folder outside of the checkpoint")
@@ -131,7 +140,8 @@ def permute(
         back = inverse and (record is None or total.is_identity)
         restored = f"{plan.after:064x}" == before if back and record is not None else None
         if not back:
-            digest = None if placement is None else placement.digest
+            # What was applied before the placement that is undone, no record says.
+            digest = None if placement is None or inverse else placement.digest
             _Record(permutation=total, weights=before, placement=digest).write(folder)
     left = tuple(layer for layer in source.layers if layer not in change.layer_ids)
     return Permuted(
@@ -142,7 +152,7 @@ def permute(
         left=left,
         size=size,
         restored=restored,
-        notes=tuple(_notes(source, left, restored)),
+        notes=tuple(_notes(source, left, restored, unsure)),
     )
 
 
@@ -157,7 +167,7 @@ class _Record:
     weights : str
         Digest of the weights in their first order, see `_Plan`.
     placement : str or None
-        Digest of the placement that was applied last.
+        Digest of the placement that was applied last; None where that is not known, as after one was undone.
     """
 
     permutation: Permutation
@@ -176,8 +186,11 @@ class _Record:
             weights, layers = document.get("weights"), document.get("layer_ids")
             if not isinstance(weights, str) or not isinstance(layers, list):
                 raise InvalidInput("weights or layer_ids: missing or wrong, expected text and a list")
+            placement = document.get("placement")
+            if placement is not None and not isinstance(placement, str):
+                raise InvalidInput(f"placement: found {short(placement)}, expected a digest or null")
             permutation = Permutation(document.get("old_expert"), tuple(layers))  # type: ignore[arg-type]
-            return cls(permutation=permutation, weights=weights, placement=None)
+            return cls(permutation=permutation, weights=weights, placement=placement)
         except RecursionError:
             raise InvalidInput(f"{path}: nested too deeply") from None
         except InvalidInput as error:
@@ -255,7 +268,7 @@ def _check_match(source: Checkpoint, change: Permutation, where: Path) -> None:
         raise InvalidInput(f"{where}: {error}") from None
 
 
-def _notes(source: Checkpoint, left: tuple[int, ...], restored: bool | None) -> Iterator[str]:
+def _notes(source: Checkpoint, left: tuple[int, ...], restored: bool | None, unsure: bool) -> Iterator[str]:
     if left:
         yield f"not in the placement, so left alone: {layers_in_words(left)}"
     for path in source.other_weights:
@@ -264,3 +277,5 @@ def _notes(source: Checkpoint, left: tuple[int, ...], restored: bool | None) -> 
         yield f"{path} was left out"
     if restored is False:
         yield "the weights are not those that were permuted at first: they have changed since"
+    if unsure:
+        yield f"{RECORD} does not say which placement was applied last: undone as given"

@@ -129,7 +129,9 @@ def test_a_request_of_one_token_has_no_routing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ids", [[[[2, 3]], [[2, True]]], [[[False, 3]]], [[[True, False]]]])
 def test_true_and_false_are_no_experts(tmp_path: Path, key: str, ids: Any) -> None:
     path = text(tmp_path / "r.json", json.dumps({key: ids}))
-    with pytest.raises(InvalidInput, match=rf"r\.json: line 1: {key}: found true or false, expected integers"):
+    with pytest.raises(
+        InvalidInput, match=rf"r\.json: line 1: {key}: found true or false, expected integers"
+    ):
         read(path)
 
 

@@ -7,8 +7,12 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -211,9 +215,41 @@ def test_two_permutations_are_undone_one_by_one_or_both_at_once(model: str, tmp_
 
     done = permute(tmp_path / "2", two, tmp_path / "1again", inverse=True)
     assert done.restored is None
+    assert done.notes[1:] == ()  # beside that of layers left alone
     assert read(tmp_path / "1again") == read(tmp_path / "1")
-    assert permute(tmp_path / "1again", one, tmp_path / "0again", inverse=True).restored
+    done = permute(tmp_path / "1again", one, tmp_path / "0again", inverse=True)
+    assert done.restored
+    assert not any("applied last" in note for note in done.notes)  # for all is as it was
     assert tree(tmp_path / "0again") == tree(folder)
+
+
+def test_only_the_placement_that_was_applied_last_is_undone(tmp_path: Path) -> None:
+    folder, _ = literal(tmp_path / "in")
+    one, two = placement(ORDER), placement(OTHER)
+    permute(folder, one, tmp_path / "1")
+    permute(tmp_path / "1", two, tmp_path / "2")
+    outcome = placer("permute", tmp_path / "2", saved(tmp_path, one), "--inverse", "-o", tmp_path / "out")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    for word in (RECORD, one.digest[:12], two.digest[:12], "--inverse alone undoes everything"):
+        assert word in outcome.err
+    assert not (tmp_path / "out").exists()
+    assert permute(tmp_path / "2", one, tmp_path / "3").notes == permute(folder, one, tmp_path / "4").notes
+
+
+def test_what_was_applied_before_an_undone_placement_is_not_known(tmp_path: Path) -> None:
+    folder, _ = literal(tmp_path / "in")
+    orders = [placement(ORDER), placement(OTHER), placement(OTHER[::-1])]
+    for number, made in enumerate(orders):
+        permute(folder, made, tmp_path / f"{number}")
+        folder = tmp_path / f"{number}"
+    permute(folder, orders[2], tmp_path / "undone", inverse=True)
+    assert read(tmp_path / "undone") == read(tmp_path / "1")
+    outcome = placer(
+        "permute", tmp_path / "undone", saved(tmp_path, orders[0]), "--inverse", "-o", tmp_path / "odd"
+    )
+    assert outcome.code == 0
+    assert f"note: {RECORD} does not say which placement was applied last" in outcome.err
 
 
 def test_a_placement_is_undone_without_a_record(tmp_path: Path) -> None:
@@ -462,6 +498,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         edit("config.json", lambda c: c.update(quantization_config={"ignore": [f"{AT}.experts.3.w1"]})),
         ["quantization_config", f"{AT}.experts.3.w1"],
     ),
+    "some experts meant in the config": (
+        edit("config.json", lambda c: c.update(quantization_config={"ignore": [r"re:.*experts\.3\..*"]})),
+        ["quantization_config", "experts", "some experts of a layer"],
+    ),
+    "no regular expression in the config": (
+        edit("config.json", lambda c: c.update(quantization_config={"ignore": ["re:.*experts(.*"]})),
+        ["quantization_config", "'re:.*experts(.*'", "no regular expression"],
+    ),
     "no weights": (lambda f: (f / INDEX).unlink(), ["found neither", "model.safetensors"]),
     "an index that is no JSON": (lambda f: (f / INDEX).write_bytes(b"\xff"), [INDEX, "not JSON"]),
     "a nested index": (lambda f: (f / INDEX).write_text('{"a":' * 100_000), ["nested too deeply"]),
@@ -574,6 +618,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         ),
         [RECORD, "old_expert: found []"],
     ),
+    "a record of a placement that is no text": (
+        lambda f: (f / RECORD).write_text(
+            '{"schema": "placer/permutation/1", "weights": "", "layer_ids": [], "placement": 1}'
+        ),
+        [RECORD, "placement: found 1"],
+    ),
     "a record of another model": (
         lambda f: (f / RECORD).write_text(
             '{"schema": "placer/permutation/1", "weights": "", "layer_ids": [0], "old_expert": [[1, 0]]}'
@@ -592,6 +642,61 @@ def test_checkpoints_that_cannot_be_trusted_are_refused_in_one_line(case: str, t
     refused(tmp_path, placer("permute", folder, file, "-o", tmp_path / "out"), *words)
 
 
+SOME = (
+    r".*experts\.3\..*",
+    r".*experts.[0-3].*",
+    r".*experts\.(0|5)\.w1",
+    r".*experts\.3$",
+    r"model\.layers\.1\..*experts\.[1-7]\..*",
+    r".*experts.3.*|.*w1.*",
+    r".*\.3\.w2\.weight",
+    r"language_model.*experts\.3\..*",
+    r"experts\.3\..*",
+)
+ALL = (
+    r".*experts.*",
+    r".*experts\.\d+\..*",
+    r".*experts\.[0-9]+\.w[13]",
+    r".*experts.[0-7].*",
+    r"model\.layers\.1\..*",
+    r".*w2$",
+    r".*shared_experts.0.*",
+    r"language_model.*experts\.[0-9]+\..*",
+    "lm_head",
+)
+
+
+@pytest.mark.parametrize(("patterns", "fine"), [(SOME, False), (ALL, True)])
+def test_settings_of_quantisation_must_be_for_all_experts_of_a_layer(
+    patterns: tuple[str, ...], fine: bool, tmp_path: Path
+) -> None:
+    folder, _ = literal(tmp_path / "in")
+    for pattern in patterns:
+        quantizations: list[dict[str, Any]] = [
+            {"ignore": ["lm_head", f"re:{pattern}"]},
+            {"config_groups": {"group_0": {"targets": [f"re:{pattern}"], "weights": {"num_bits": 4}}}},
+            {"dynamic": {f"-:{pattern}": {}}},
+        ]
+        for quantization in quantizations:
+            edit("config.json", lambda c, q=quantization: c.update(quantization_config=q))(folder)  # type: ignore[misc]
+            if fine:
+                Checkpoint.open(folder)
+            else:
+                with pytest.raises(InvalidInput, match="some experts of a layer"):
+                    Checkpoint.open(folder)
+
+
+def test_settings_of_quantisation_for_one_of_fused_experts_are_refused(tmp_path: Path) -> None:
+    folder, _ = literal(tmp_path / "in", "gpt_oss")
+    edit("config.json", lambda c: c.update(quantization_config={"ignore": [r"re:.*experts\.\d+\..*"]}))(
+        folder
+    )
+    Checkpoint.open(folder)
+    edit("config.json", lambda c: c.update(quantization_config={"ignore": [r"re:.*experts\.3\..*"]}))(folder)
+    with pytest.raises(InvalidInput, match="some experts of a layer"):
+        Checkpoint.open(folder)
+
+
 def test_layers_that_stay_may_be_odd(tmp_path: Path) -> None:
     folder, _ = literal(tmp_path / "in")
     name = f"{AT}.gate.weight"
@@ -603,6 +708,11 @@ def test_layers_that_stay_may_be_odd(tmp_path: Path) -> None:
     tensors_changed(lambda t: t.update({name: ("F4", (3, 2), bytes(3))}))(folder)
     permute(folder, placement(ORDER), tmp_path / "out")
     assert read(tmp_path / "out")[name] == bytes(3)
+    shutil.rmtree(tmp_path / "out")
+    half = b"\x12\x34\x56\x78\x9a\xbc"  # rows of three half bytes
+    tensors_changed(lambda t: t.update({name: ("F4", (4, 3), half)}))(folder)
+    permute(folder, placement(ORDER), tmp_path / "out")
+    assert read(tmp_path / "out")[name] == half
 
 
 def test_rows_that_end_inside_a_byte_are_refused(tmp_path: Path) -> None:
@@ -631,6 +741,19 @@ def test_outputs_that_are_in_the_way_are_refused(output: str, words: str, tmp_pa
     file = saved(tmp_path, placement(ORDER))
     refused(tmp_path, placer("permute", folder, file, "-o", tmp_path / output), words)
     assert {name: data for name, data in tree(tmp_path).items() if name != "placement.json"} == before
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = literal(tmp_path / "in")
+    (tmp_path / "full").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "full")
+    monkeypatch.setattr("tempfile.mkdtemp", lambda **where: pytest.fail("something was written"))
+    file = saved(tmp_path, placement(ORDER))
+    refused(
+        tmp_path, placer("permute", folder, file, "-o", tmp_path / "full"), "full: a mount point", "in it"
+    )
 
 
 def test_what_is_missing_on_the_command_line_is_said(tmp_path: Path) -> None:
@@ -680,6 +803,61 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         permute(folder, placement(ORDER), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def signalled(tmp_path: Path, number: signal.Signals, first: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which gets a signal twice before it writes a shard."""
+    literal(tmp_path / "in")
+    file = saved(tmp_path, placement(ORDER))
+    script = f"""
+import os, shutil, signal, sys
+from placer import permuted
+from placer.cli import main
+{first}
+write, remove = permuted.rewrite, shutil.rmtree
+def rewrite(*arguments):
+    os.kill(os.getpid(), {number.value})
+    write(*arguments)
+def rmtree(*arguments, **options):
+    os.kill(os.getpid(), {number.value})
+    remove(*arguments, **options)
+permuted.rewrite, shutil.rmtree = rewrite, rmtree
+main(sys.argv[1:])
+"""
+    arguments = [tmp_path / "in", file, "-o", tmp_path / "out"]
+    return subprocess.run(
+        [sys.executable, "-c", script, "permute", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_process_that_is_told_to_end_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    done = signalled(tmp_path, number)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "placement.json"}
+
+
+def test_a_process_that_outlives_its_terminal_goes_on(tmp_path: Path) -> None:
+    done = signalled(tmp_path, signal.SIGHUP, "signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / RECORD).is_file()
+
+
+def test_signals_are_handled_as_before_afterwards_and_not_at_all_beside_the_main_thread(
+    tmp_path: Path,
+) -> None:
+    folder, _ = literal(tmp_path / "in")
+    file = saved(tmp_path, placement(ORDER))
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    assert placer("permute", folder, file, "-o", tmp_path / "1").code == 0
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(placer, "permute", folder, file, "-o", tmp_path / "2").result().code == 0
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 # -- permutations -------------------------------------------------------------------------------------------

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import click
@@ -60,7 +65,8 @@ def command(*, checkpoint: Path, placement: str | None, output: Path, inverse: b
             click.echo(text, err=True)
 
     placed = None if placement is None else Placement.load(placement)
-    done = permute(checkpoint, placed, output, inverse=inverse, say=say)
+    with _ended_by_signals():
+        done = permute(checkpoint, placed, output, inverse=inverse, say=say)
     for note in done.notes:
         click.echo(f"note: {note}", err=True)
     document = {
@@ -79,6 +85,32 @@ def command(*, checkpoint: Path, placement: str | None, output: Path, inverse: b
         "notes": list(done.notes),
     }
     options.show(document, _text(done), as_json)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise SystemExit, so that what is half written is removed first.
+
+    The exit code is what a shell gives for the signal, 128 and its number. Signals that are ignored, as below nohup,
+    or handled already stay so; outside the main thread there are none.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        for number in ours:
+            signal.signal(number, signal.SIG_IGN)  # a second one would cut the removal short
+        raise SystemExit(128 + signum)
+
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _text(done: Permuted) -> str:
