@@ -22,14 +22,13 @@ from placer.clock import Clock
 from placer.errors import InvalidInput
 from placer.knapsack import knapsack
 from placer.layer import Layer
-from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
 from placer.problem import Problem
 from placer.redundancy import MORE
 from placer.result import Budget, Event, Result
-from placer.solution import solve
+from placer.solution import require_memory, solve
 from placer.solvers import method as load_method
-from placer.tables import judged
+from placer.tables import judged, stacked
 from placer.variants import labelled, named
 
 Slots = npt.NDArray[np.int32]
@@ -360,16 +359,10 @@ def _assembled(
         shape=problem.topology.shape,
         layer_ids=problem.layer_ids,
         rule=problem.replica_choice,
-        table=_stacked(tables),
+        table=stacked(tables),
         provenance={**first.placement.provenance, "load_margin": problem.load_margin, "copies": limit},
     )
-    worst_gpu_bytes(
-        placement,
-        problem.model,
-        capacity=problem.gpu_memory,
-        reserve=problem.reserve,
-        expert_dtype=problem.expert_dtype,
-    )
+    require_memory(problem, placement)
     used = {
         choice.origin: results[choice.origin] for choice in sorted(picked, key=lambda choice: choice.origin)
     }
@@ -392,14 +385,6 @@ def _assembled(
             _split(held.sum(axis=1) - problem.num_experts, limit, first.method),
         ),
     )
-
-
-def _stacked(tables: list[Slots | None]) -> Slots | None:
-    """The dispatch table of all layers; None where none has one."""
-    some = next((table for table in tables if table is not None), None)
-    if some is None:
-        return None
-    return np.stack([np.full_like(some, -1) if table is None else table for table in tables])
 
 
 def _notes(used: Iterable[Result]) -> Iterator[str]:

@@ -168,10 +168,12 @@ class _Tally:
 
         topk = np.ascontiguousarray(ids, dtype=np.int32)
         self.experts += np.bincount(topk[topk >= 0], minlength=len(self.experts))
-        each = np.ones(len(topk), np.int64)
         if self.simple:
-            count_touched(topk, each, self.units, self.touched)
+            count_touched(topk, np.ones(len(topk), np.int64), self.units, self.touched)
             return
+        each = np.ones(len(topk), np.int64)
+        if not len(homes):  # tokens with the same experts count alike
+            topk, each = np.unique(np.sort(topk, axis=1), axis=0, return_counts=True)
         counters = (self.touched, self.remote, self.load, *self.ways)
         add_flows(topk, each, homes, self.aimed, self.size, self.server, *counters)
 

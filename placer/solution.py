@@ -25,7 +25,7 @@ from placer.result import Budget, Event, Result
 from placer.rules import Rules
 from placer.solvers import Method, Placed, handling, linear, method, needing
 from placer.steadiness import Steadiness, steadied, steadiness
-from placer.tables import judged
+from placer.tables import fitted_table, judged, stacked
 
 Slots = npt.NDArray[np.int32]
 
@@ -184,7 +184,7 @@ def baseline_placement(problem: Problem) -> Placement:
     problem = replace(problem, topology=alike, constraints=None, whole_groups=False, load_model="tokens")
     with contextlib.suppress(Infeasible):  # copies take memory
         if not bare:
-            return solve(problem, "linear").placement
+            return arranged(problem, "linear")
     layers = [problem.layer(index) for index in range(problem.num_layers)]
     return Placement(
         physical_to_logical=np.stack([layer.slots(layer.linear()) for layer in layers]),
@@ -192,6 +192,54 @@ def baseline_placement(problem: Problem) -> Placement:
         shape=problem.topology.shape,
         layer_ids=problem.layer_ids,
         rule=problem.replica_choice,
+    )
+
+
+def arranged(problem: Problem, name: str, seed: int = 0) -> Placement:
+    """What `solve` returns for a method that does not search, without the score of its layers: that may take seconds.
+
+    Raises
+    ------
+    InvalidInput
+        As `solve`.
+    Infeasible
+        When the experts and their copies do not fit into memory.
+    """
+    chosen = _usable(problem, name)
+    rows, tables = [], []
+    for index in range(problem.num_layers):
+        layer = problem.layer(index, copies="copies" in chosen.handles)
+        placed = chosen.place(layer, rng=np.random.default_rng([seed, index]), clock=Clock.start())
+        fits = placed.table is None and layer.rule == "table" and layer.topk is not None
+        rows.append(placed.slots)
+        tables.append(fitted_table(layer, placed.slots) if fits else placed.table)
+    placement = Placement(
+        physical_to_logical=np.stack(rows),
+        num_experts=problem.num_experts,
+        shape=problem.topology.shape,
+        layer_ids=problem.layer_ids,
+        rule=problem.replica_choice,
+        table=stacked(tables),
+        provenance=_provenance(problem, name, seed),
+    )
+    require_memory(problem, placement)
+    return placement
+
+
+def require_memory(problem: Problem, placement: Placement) -> None:
+    """Refuse a placement whose experts do not fit into the problem's GPUs.
+
+    Raises
+    ------
+    Infeasible
+        Naming the GPU, the bytes needed and those there.
+    """
+    worst_gpu_bytes(
+        placement,
+        problem.model,
+        capacity=problem.gpu_memory,
+        reserve=problem.reserve,
+        expert_dtype=problem.expert_dtype,
     )
 
 
@@ -423,18 +471,12 @@ def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Cl
         shape=problem.topology.shape,
         layer_ids=problem.layer_ids,
         rule=problem.replica_choice,
-        table=_table(problem, done),
+        table=stacked([part.placed.table for part in done]),
         provenance=_provenance(problem, name, seed),
     )
     if problem.constraints is not None and (broken := problem.constraints.check(placement)):
         raise PlacerError(f"method {name} breaks a constraint: {broken[0]}")
-    worst_gpu_bytes(
-        placement,
-        problem.model,
-        capacity=problem.gpu_memory,
-        reserve=problem.reserve,
-        expert_dtype=problem.expert_dtype,
-    )
+    require_memory(problem, placement)
     bounds = [part.placed.bound for part in done]
     bound = None
     if all(b is not None for b in bounds):
@@ -473,15 +515,6 @@ def _steady(problem: Problem, done: list[_Done]) -> dict[str, dict[str, float]] 
         paid[when] = sum(layer.touched for layer in layers) / (len(layers) * problem.num_tokens)
     counted = "load_per_step" if problem.load_model == "tokens" else "activated_per_step"
     return {f"{counted}.gpu.mean": gained, "touched.gpu": paid}
-
-
-def _table(problem: Problem, done: list[_Done]) -> npt.NDArray[np.int32] | None:
-    """The dispatch table of all layers; None where none has one."""
-    if all(part.placed.table is None for part in done):
-        return None
-    servers = problem.num_ranks // problem.topology.unit_sizes[problem.topology.index("server")]
-    free = np.full((servers, problem.num_experts), -1, np.int32)
-    return np.stack([free if part.placed.table is None else part.placed.table for part in done])
 
 
 def _proved(part: _Done) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -95,6 +97,14 @@ def judged(
     if layer.rule == "table" and table is None and layer.topk is not None:
         table = fitted_table(layer, slots)
     return layer.judge(slots, table), table
+
+
+def stacked(tables: Sequence[Slots | None]) -> Slots | None:
+    """Dispatch tables of layers as one, (num_layers, num_servers, num_experts), -1 where a layer has none; or None."""
+    some = next((table for table in tables if table is not None), None)
+    if some is None:
+        return None
+    return np.stack([np.full_like(some, -1) if table is None else table for table in tables])
 
 
 def _slots(table: npt.NDArray[np.int64], slots: Slots, width: int) -> npt.NDArray[np.int32]:

@@ -18,6 +18,7 @@ from placer.clock import Clock
 from placer.errors import Infeasible, InvalidInput
 from placer.layer import Layer
 from placer.result import Event
+from placer.solution import arranged
 from placer.solvers import Placed
 from tests.instances import blocks_trace, noisy_trace, problem
 from tests.oracle import optimum
@@ -266,3 +267,14 @@ os.kill(os.getpid(), signal.SIGINT)
 assert seen == [1]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("rule", ["nearest", "table"])
+@pytest.mark.parametrize("name", ["linear", "eplb"])
+def test_what_is_arranged_without_a_score_is_what_solve_returns(name: str, rule: str) -> None:
+    posed = problem(noisy_trace(), "1x4x2", slots_per_gpu=3, replica_choice=rule)
+    expected, found = solve(posed, name).placement, arranged(posed, name)
+    assert found.digest == expected.digest
+    assert found.provenance == expected.provenance
+    assert (found.table is None) == (rule == "nearest")
+    assert rule == "nearest" or (found.table == expected.table).all()  # type: ignore[union-attr]

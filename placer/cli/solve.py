@@ -26,7 +26,8 @@ Example:
   placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --max-load 1.05 -o placement.json
   placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --redundant auto --gpu-memory 40GB -o placement.json
   placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --copies 48 --replica-choice cover -o placement.json
-  placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --constraints pins.toml -o placement.json
+  placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x8x1 --redundant 8 --constraints pins.toml -o placement.json
+  placer solve traces/tinymoe.npz -t dgx-h100 --shape 1x4x4 --tokens-per-step 256 --steady -o placement.json
 
 \b
 where pins.toml holds any number of these (layers = [0, 1] narrows each to some layers; ids count from 0):
@@ -283,6 +284,7 @@ def command(
         result.placement.save(output)
     usual = result.placement.slots_per_rank if copies is None else allotment.even_slots(problem, copies)
     linear = baseline_placement(replace(problem, slots_per_rank=usual))
+    log.say(f"{result.status} in {result.seconds:.1f} s; pricing it beside linear and eplb...")
     report = evaluate(result.placement, routed, machine, **pricing)
     baseline = evaluate(linear, routed, machine, **pricing)
     keeps_caps = "caps" in load_method(method).handles
@@ -302,7 +304,6 @@ def command(
         *_on_proof(result, prove and not interrupted),
         f"against {compared}: {gain}",
     ]
-    log.say(f"{result.status} in {result.seconds:.1f} s")
     if as_json:
         log.say("\n".join(summary))
     document = {

@@ -28,7 +28,7 @@ class Row:
     placement : Placement
     report : Report
     seconds : float or None
-        Wall seconds of its search; None where that is not known.
+        Wall seconds of its search and its bound; None where that is not known.
     """
 
     name: str
@@ -55,17 +55,17 @@ def peers(problem: Problem, trace: Trace, linear: Row, **pricing: Any) -> list[R
     """
     from placer.errors import PlacerError
     from placer.evaluation import evaluate
-    from placer.solution import solve
+    from placer.solution import arranged
 
     free = replace(problem, constraints=None, load_model="tokens")
     try:
-        found = solve(free, PEER)
-        if found.placement.digest == linear.placement.digest:
+        found = arranged(free, PEER)
+        if found.digest == linear.placement.digest:
             return [replace(linear, name=f"{linear.name}, {PEER}")]
-        report = evaluate(found.placement, trace, problem.topology, **pricing)
+        report = evaluate(found, trace, problem.topology, **pricing)
     except PlacerError:
         return [linear]
-    return [linear, Row(name=PEER, placement=found.placement, report=report, seconds=found.seconds)]
+    return [linear, Row(name=PEER, placement=found, report=report)]
 
 
 def summary(rows: Sequence[Row], level: str) -> str:
@@ -103,7 +103,7 @@ def summary(rows: Sequence[Row], level: str) -> str:
     for row in rows[:-1]:
         pairs = zip(numbers(row), numbers(found), strict=True)
         lines.append([f"against {row.name}", *(_change(old, new) for old, new in pairs), ""])
-    header = ["", f"{word}.{level}", *(f"load.{each}" for each in levels), "step", "search"]
+    header = ["", f"{word}.{level}", *(f"load.{each}" for each in levels), "step", "time"]
     return aligned(header, lines)
 
 
