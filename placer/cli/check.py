@@ -161,4 +161,5 @@ def _text(name: str, placed: Placement, trace: str | None, memory: str) -> str:
 
 
 def _brief(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text  # a digest
