@@ -248,6 +248,7 @@ def test_a_bound_holds_when_few_contents_may_be_returned(seed: int, per_root: in
 
 
 @settings(max_examples=40, deadline=None)
+@example(seed=1712, gap=1 / 3)  # prices that promise much and hold nothing
 @given(seed=SEEDS, gap=st.floats(0.02, 0.5))
 def test_a_gap_that_is_good_enough_is_kept(seed: int, gap: float) -> None:
     partition = random_partition(seed, capped=False)

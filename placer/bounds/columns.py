@@ -39,6 +39,7 @@ NEAR = 4  # contents that a step of a descent adds at most
 PER_ROOT = 400  # contents with the same first item that are returned while prices are still wrong
 LISTED = 2_000_000  # contents listed at most
 LEAST_FURTHER = 1.2  # times as far above their prices contents are listed, at least
+SHORTEST = 64  # halvings of the radius in which prices may move, at most
 RADIUS = 0.1  # of the mean price, by which prices may change in the first step
 # Of what a step promises, contents may be so much cheaper than their prices all together: in late and early steps.
 ACCEPTED, COARSE = 0.2, 0.5
@@ -131,7 +132,8 @@ class _Search:
         units = self.partition.units
         around = self.tables.shares(self.best)
         radius = math.inf if self.all_known else RADIUS * float(around.mean())
-        while not self.closed and not self.clock.expired:
+        shorter = 0  # steps that did not hold what they promised, which may happen far from a gap asked for
+        while not self.closed and not self.clock.expired and shorter < SHORTEST:
             prices = self._relax(around, radius)
             promised = prices.total(units) - self.bound
             if promised < max(0.5, ENOUGH * (min(self.known, self.scale) - self.bound)):
@@ -152,7 +154,7 @@ class _Search:
             if self.bound - before >= promised / 4:
                 around = prices.item
             else:
-                radius /= 2
+                radius, shorter = radius / 2, shorter + 1
 
     def _accepted(self, promised: float) -> float:
         """How much cheaper than its prices a content may be: a share of what is promised, or what is not asked for."""
