@@ -22,13 +22,12 @@ from placer.clock import Clock
 from placer.errors import InvalidInput
 from placer.knapsack import knapsack
 from placer.layer import Layer
-from placer.placement import Placement
 from placer.problem import Problem
 from placer.redundancy import MORE
 from placer.result import Budget, Event, Result
-from placer.solution import require_memory, solve
+from placer.solution import placed_rows, solve
 from placer.solvers import method as load_method
-from placer.tables import judged, stacked
+from placer.tables import judged
 from placer.variants import labelled, named
 
 Slots = npt.NDArray[np.int32]
@@ -353,16 +352,9 @@ def _assembled(
     width, widest = int(held.max()), len(picked[0].slots) // ranks
     tables = [None if choice.table is None else relabelled(choice.table, widest, width) for choice in picked]
     first = results[0]
-    placement = Placement(
-        physical_to_logical=np.stack([resized(choice.slots, ranks, width) for choice in picked]),
-        num_experts=problem.num_experts,
-        shape=problem.topology.shape,
-        layer_ids=problem.layer_ids,
-        rule=problem.replica_choice,
-        table=stacked(tables),
-        provenance={**first.placement.provenance, "load_margin": problem.load_margin, "copies": limit},
-    )
-    require_memory(problem, placement)
+    rows = [resized(choice.slots, ranks, width) for choice in picked]
+    made_of = {**first.placement.provenance, "load_margin": problem.load_margin, "copies": limit}
+    placement = placed_rows(problem, rows, tables, made_of)
     used = {
         choice.origin: results[choice.origin] for choice in sorted(picked, key=lambda choice: choice.origin)
     }

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import placer
 from placer import caps
 from placer.clock import Clock
-from placer.errors import Infeasible, InvalidInput, NoPlacement, PlacerError
+from placer.errors import InvalidInput, NoPlacement, PlacerError
 from placer.layer import Layer
 from placer.memory import worst_gpu_bytes
 from placer.placement import Placement
@@ -25,7 +24,7 @@ from placer.result import Budget, Event, Result
 from placer.rules import Rules
 from placer.solvers import Method, Placed, handling, linear, method, needing
 from placer.steadiness import Steadiness, steadied, steadiness
-from placer.tables import fitted_table, judged, stacked
+from placer.tables import judged, stacked
 
 Slots = npt.NDArray[np.int32]
 
@@ -100,7 +99,7 @@ def solve(
     budget = budget or Budget()
     if jobs < 1:
         raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
-    chosen = _usable(problem, method, initial)
+    chosen = usable(problem, method, initial)
     if steady:
         if problem.routes is None or problem.routes.step is None:
             raise InvalidInput(f"steady: {NO_STEPS}")
@@ -174,75 +173,6 @@ def with_margin(problem: Problem, *, clock: Clock | None = None, jobs: int = 1) 
     return replace(problem, load_margin=caps.margin(problem.max_load, mean_overshoot))
 
 
-def baseline_placement(problem: Problem) -> Placement:
-    """Contiguous experts, with copies in the spare slots where memory allows: what results are compared to.
-
-    Where GPUs differ in speed there are no copies. Constraints are not kept.
-    """
-    bare = bool(problem.topology.speeds) and problem.num_slots > problem.num_experts
-    alike = replace(problem.topology, gpu_speeds=())
-    problem = replace(problem, topology=alike, constraints=None, whole_groups=False, load_model="tokens")
-    with contextlib.suppress(Infeasible):  # copies take memory
-        if not bare:
-            return arranged(problem, "linear")
-    layers = [problem.layer(index) for index in range(problem.num_layers)]
-    return Placement(
-        physical_to_logical=np.stack([layer.slots(layer.linear()) for layer in layers]),
-        num_experts=problem.num_experts,
-        shape=problem.topology.shape,
-        layer_ids=problem.layer_ids,
-        rule=problem.replica_choice,
-    )
-
-
-def arranged(problem: Problem, name: str, seed: int = 0) -> Placement:
-    """What `solve` returns for a method that does not search, without the score of its layers: that may take seconds.
-
-    Raises
-    ------
-    InvalidInput
-        As `solve`.
-    Infeasible
-        When the experts and their copies do not fit into memory.
-    """
-    chosen = _usable(problem, name)
-    rows, tables = [], []
-    for index in range(problem.num_layers):
-        layer = problem.layer(index, copies="copies" in chosen.handles)
-        placed = chosen.place(layer, rng=np.random.default_rng([seed, index]), clock=Clock.start())
-        fits = placed.table is None and layer.rule == "table" and layer.topk is not None
-        rows.append(placed.slots)
-        tables.append(fitted_table(layer, placed.slots) if fits else placed.table)
-    placement = Placement(
-        physical_to_logical=np.stack(rows),
-        num_experts=problem.num_experts,
-        shape=problem.topology.shape,
-        layer_ids=problem.layer_ids,
-        rule=problem.replica_choice,
-        table=stacked(tables),
-        provenance=_provenance(problem, name, seed),
-    )
-    require_memory(problem, placement)
-    return placement
-
-
-def require_memory(problem: Problem, placement: Placement) -> None:
-    """Refuse a placement whose experts do not fit into the problem's GPUs.
-
-    Raises
-    ------
-    Infeasible
-        Naming the GPU, the bytes needed and those there.
-    """
-    worst_gpu_bytes(
-        placement,
-        problem.model,
-        capacity=problem.gpu_memory,
-        reserve=problem.reserve,
-        expert_dtype=problem.expert_dtype,
-    )
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Done:
     """One layer's outcome; costs in seconds of all tokens."""
@@ -293,7 +223,14 @@ def _place(
     )
 
 
-def _usable(problem: Problem, name: str, initial: Placement | None = None) -> Method:
+def usable(problem: Problem, name: str, initial: Placement | None = None) -> Method:
+    """The method of a name, for this problem.
+
+    Raises
+    ------
+    InvalidInput
+        When it is unknown, needs what the problem lacks, or cannot keep what the problem asks for.
+    """
     chosen = method(name)
     has = {"load"} | ({"pairs"} if problem.traffic.pairs is not None else set())
     has |= {"routes", "pairs"} if problem.routes is not None else set()
@@ -465,18 +402,12 @@ class _Log:
 
 
 def _result(problem: Problem, name: str, seed: int, done: list[_Done], clock: Clock, begun: float) -> Result:
-    placement = Placement(
-        physical_to_logical=np.stack([part.placed.slots for part in done]),
-        num_experts=problem.num_experts,
-        shape=problem.topology.shape,
-        layer_ids=problem.layer_ids,
-        rule=problem.replica_choice,
-        table=stacked([part.placed.table for part in done]),
-        provenance=_provenance(problem, name, seed),
+    rows = [part.placed.slots for part in done]
+    placement = placed_rows(
+        problem, rows, [part.placed.table for part in done], provenance(problem, name, seed)
     )
     if problem.constraints is not None and (broken := problem.constraints.check(placement)):
         raise PlacerError(f"method {name} breaks a constraint: {broken[0]}")
-    require_memory(problem, placement)
     bounds = [part.placed.bound for part in done]
     bound = None
     if all(b is not None for b in bounds):
@@ -532,7 +463,37 @@ def _notes(done: list[_Done]) -> Iterator[str]:
         yield f"{note} ({count} of {len(done)} layers)"
 
 
-def _provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:
+def placed_rows(
+    problem: Problem, rows: list[Slots], tables: Sequence[Slots | None], made_of: dict[str, Any]
+) -> Placement:
+    """The slots and dispatch tables of all layers as a placement of the problem.
+
+    Raises
+    ------
+    Infeasible
+        When experts and copies do not fit into a GPU's memory.
+    """
+    placement = Placement(
+        physical_to_logical=np.stack(rows),
+        num_experts=problem.num_experts,
+        shape=problem.topology.shape,
+        layer_ids=problem.layer_ids,
+        rule=problem.replica_choice,
+        table=stacked(tables),
+        provenance=made_of,
+    )
+    worst_gpu_bytes(
+        placement,
+        problem.model,
+        capacity=problem.gpu_memory,
+        reserve=problem.reserve,
+        expert_dtype=problem.expert_dtype,
+    )
+    return placement
+
+
+def provenance(problem: Problem, name: str, seed: int) -> dict[str, Any]:
+    """Where a placement of this problem comes from, for its file."""
     limits = {} if problem.constraints is None else {"constraints": problem.constraints.source}
     return {
         "placer": placer.__version__,

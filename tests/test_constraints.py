@@ -16,13 +16,13 @@ from instances import noisy_trace, problem
 from terminal import Outcome, placer
 
 from placer import Budget, Placement, Problem, solve
+from placer.baseline import baseline_placement
 from placer.constraints import Apart, Constraints, Free, Pin, Violation
 from placer.errors import Infeasible, InvalidInput, PlacerError
 from placer.layer import Layer
 from placer.rules import Rules
 from placer.search import descend
 from placer.search.rules import bar_swaps, may_swap
-from placer.solution import baseline_placement
 from placer.solvers import linear, tabu
 
 Shape = tuple[int, int, int]

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from instances import noisy_trace, problem
 
 from placer import Budget, Constraints, Model, Placement, Problem, Topology, Trace, evaluate, solve
+from placer.baseline import baseline_placement
 from placer.batches import activations, uses_by_step
 from placer.caps import raised
 from placer.cli import main
 from placer.constraints import Apart, Free
 from placer.errors import InvalidInput
 from placer.layer import Layer
-from placer.solution import baseline_placement
 from placer.solvers.refine import excess_changes
 from placer.steadiness import steadied, steadiness
 from placer.timing import compute_seconds

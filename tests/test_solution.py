@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer import Budget, Model, Placement, Topology, Trace, solve
+from placer.baseline import arranged
 from placer.clock import Clock
 from placer.errors import Infeasible, InvalidInput
 from placer.layer import Layer
 from placer.result import Event
-from placer.solution import arranged
 from placer.solvers import Placed
 from tests.instances import blocks_trace, noisy_trace, problem
 from tests.oracle import optimum

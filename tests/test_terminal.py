@@ -211,7 +211,7 @@ def test_where_eplb_cannot_run_linear_stands_alone(monkeypatch: pytest.MonkeyPat
     posed = Problem.from_trace(trace, machine)
     placed = solve(posed, "linear").placement
     linear = Row(name="linear", placement=placed, report=evaluate(placed, trace, machine))
-    monkeypatch.setattr("placer.solution.arranged", refused)
+    monkeypatch.setattr("placer.baseline.arranged", refused)
     assert peers(posed, trace, linear) == [linear]
 
 

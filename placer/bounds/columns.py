@@ -132,7 +132,7 @@ class _Search:
         units = self.partition.units
         around = self.tables.shares(self.best)
         radius = math.inf if self.all_known else RADIUS * float(around.mean())
-        shorter = 0  # steps that did not hold what they promised, which may happen far from a gap asked for
+        shorter = 0  # steps that did not hold what they promised, as rounded prices of many tokens may
         while not self.closed and not self.clock.expired and shorter < SHORTEST:
             prices = self._relax(around, radius)
             promised = prices.total(units) - self.bound
@@ -159,7 +159,9 @@ class _Search:
     def _accepted(self, promised: float) -> float:
         """How much cheaper than its prices a content may be: a share of what is promised, or what is not asked for."""
         share = COARSE if promised > FAR * self.scale else ACCEPTED
-        enough = min(self.known, self.scale) * (1 - self.clock.gap)
+        enough = self.known * (1 - self.clock.gap)
+        if math.isfinite(enough):
+            enough = math.ceil(enough)  # costs are whole, and a bound just below closes nothing
         return max(share * promised, self.bound + promised - enough) / self.partition.units
 
     def _relax(self, around: Floats, radius: float) -> Prices:

@@ -49,9 +49,9 @@ def solve(
 ) -> None:
     """Balance the load of experts, print how busy units are, and write the placement."""
     from placer.balancedness import busiest
+    from placer.baseline import baseline_placement
     from placer.cli.log import SearchLog, compilation_told
     from placer.problem import Problem
-    from placer.solution import baseline_placement
     from placer.solution import solve as search
 
     log = SearchLog(quiet=quiet, file=log_file)

@@ -154,6 +154,7 @@ def command(
     token on the links, layers done so far; load = busiest unit over mean.
     """
     from placer import allotment
+    from placer.baseline import baseline_placement
     from placer.cli.log import SearchLog, compilation_told
     from placer.cli.summary import Row, peers
     from placer.cli.summary import summary as table
@@ -163,7 +164,7 @@ def command(
     from placer.placement import Placement
     from placer.problem import Problem
     from placer.redundancy import candidates, fewest, redundancy
-    from placer.solution import baseline_placement, solve
+    from placer.solution import solve
     from placer.solvers import method as load_method
     from placer.spectrum import CAPS, chosen, spectrum
     from placer.trace import Trace
@@ -283,8 +284,8 @@ def command(
     if output is not None:
         result.placement.save(output)
     usual = result.placement.slots_per_rank if copies is None else allotment.even_slots(problem, copies)
-    linear = baseline_placement(replace(problem, slots_per_rank=usual))
     log.say(f"{result.status} in {result.seconds:.1f} s; pricing it beside linear and eplb...")
+    linear = baseline_placement(replace(problem, slots_per_rank=usual))
     report = evaluate(result.placement, routed, machine, **pricing)
     baseline = evaluate(linear, routed, machine, **pricing)
     keeps_caps = "caps" in load_method(method).handles

@@ -53,9 +53,9 @@ def peers(problem: Problem, trace: Trace, linear: Row, **pricing: Any) -> list[R
     **pricing
         Further arguments of `placer.evaluate`.
     """
+    from placer.baseline import arranged
     from placer.errors import PlacerError
     from placer.evaluation import evaluate
-    from placer.solution import arranged
 
     free = replace(problem, constraints=None, load_model="tokens")
     try:

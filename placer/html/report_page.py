@@ -190,8 +190,8 @@ def page(
 def contiguous(placement: Placement, trace: Trace, topology: Topology) -> Placement:
     """Contiguous experts on the same machine, with as many copies in order of the experts."""
     from placer.allotment import even_slots
+    from placer.baseline import baseline_placement
     from placer.problem import Problem
-    from placer.solution import baseline_placement
 
     problem = Problem.from_trace(
         trace,
