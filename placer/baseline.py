@@ -19,14 +19,11 @@ from placer.tables import fitted_table
 def baseline_placement(problem: Problem) -> Placement:
     """Contiguous experts, with copies in the spare slots where memory allows: what results are compared to.
 
-    Where GPUs differ in speed there are no copies. Constraints are not kept.
+    Constraints are not kept.
     """
-    bare = bool(problem.topology.speeds) and problem.num_slots > problem.num_experts
-    alike = replace(problem.topology, gpu_speeds=())
-    problem = replace(problem, topology=alike, constraints=None, whole_groups=False, load_model="tokens")
+    problem = replace(problem, constraints=None, whole_groups=False, load_model="tokens")
     with contextlib.suppress(Infeasible):  # copies take memory
-        if not bare:
-            return arranged(problem, "linear")
+        return arranged(problem, "linear")
     layers = [problem.layer(index) for index in range(problem.num_layers)]
     # Where even these do not fit they are compared to all the same.
     unlimited = replace(problem, gpu_memory=math.inf)

@@ -50,7 +50,8 @@ def caps(layer: Layer, factor: float | None) -> npt.NDArray[np.float64]:
 def least_load(layer: Layer) -> npt.NDArray[np.float64]:
     """Load of the busiest unit of each level over its speed, (num_levels,), in one arrangement by load alone.
 
-    It is `Layer.reference`, or EPLB's where the layer has copies and these leave its busiest GPU less to do.
+    It is `Layer.reference`, or EPLB's where the layer has copies, which no rules restrict, and these leave its busiest
+    GPU less to do.
     """
     alone = np.array(
         [
@@ -58,13 +59,14 @@ def least_load(layer: Layer) -> npt.NDArray[np.float64]:
             for level, slots in enumerate(layer.unit_slots)
         ]
     )
-    if not layer.copies or layer.num_slots == layer.num_experts:
+    if not layer.copies or layer.num_slots == layer.num_experts or layer.rules is not None:
         return alone
     from placer.clock import Clock
     from placer.solvers import eplb
 
     slots = eplb.place(layer, rng=np.random.default_rng(0), clock=Clock.start()).slots
-    reached: npt.NDArray[np.float64] = layer.expected_load(slots).max(axis=1)
+    load, units = layer.expected_load(slots), [layer.num_slots // width for width in layer.unit_slots]
+    reached = np.array([(load[i, :n] / layer.unit_speeds(i)).max() for i, n in enumerate(units)])
     return reached if reached[0] < alone[0] else alone
 
 

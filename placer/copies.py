@@ -4,21 +4,26 @@ Idea: what servers hold is annealed as a whole: swaps of two experts, and other 
 hold a copy. The cost is exact for the dispatch rule, touched servers other than the home's, plus penalties: for load
 above the caps, and for the variance of a server's load on unseen tokens, estimated from parts of the trace, because
 experts that are used together are hot together. Copies share load evenly in the search, or under ``cover`` as its
-kernel counts them, put right from chunk to chunk by what the rule really does. Each server's experts are then arranged
-on its GPUs (`placer.gpus`). Runs get longer from one to the next, and each starts hot.
+kernel counts them, put right from chunk to chunk by what the rule really does. No move takes an expert where the
+layer's rules do not let it stand. Each server's experts are then arranged on its GPUs (`placer.gpus`). Runs get longer
+from one to the next, and each starts hot.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from placer.clock import Clock
-from placer.gpus import on_gpus, part_loads
+from placer.gpus import lightened, on_gpus, part_loads
 from placer.layer import Floats, Ints, Layer
+from placer.rules import Rules
+from placer.tables import judged
 
 Slots = npt.NDArray[np.int32]
 
@@ -42,39 +47,42 @@ WITHIN = 0.999  # of the cap, which the search aims at
 def suits(layer: Layer) -> bool:
     """Whether there are slots to spare, tokens to see, and few enough servers for the compiled search.
 
-    Under the rule ``table`` all tokens of one server take the same copy, so one server has no use for others.
+    Under the rule ``table`` all tokens of one server take the same copy, so one server has no use for others. What
+    copies do to activations is not defined.
     """
-    from placer.search.copies import RULES, UNITS
+    from placer.search.dispatch import RULES, UNITS
 
     units = layer.num_slots // _width(layer)
     rules = {*RULES, "table"} if layer.num_ranks > layer.server_ranks else {*RULES}
     useful = layer.num_slots > layer.num_experts and layer.topk is not None and bool(layer.load.any())
-    return useful and layer.rule in rules and 1 < units <= UNITS
+    return useful and layer.activations is None and layer.rule in rules and 1 < units <= UNITS
 
 
 def finds(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock) -> Iterator[Slots]:
-    """Slots with copies in the spare ones, those of every run.
+    """Slots with copies in the spare ones, those of every run; they may break rules about GPUs.
 
     Parameters
     ----------
     layer : Layer
         One that `suits`, its caps those that copies can meet.
     slots : (num_slots,) int32
-        Where runs begin: every expert once.
+        Where runs begin: every expert once, and the rules kept.
     rng : numpy.random.Generator
     clock : Clock
         Asked between chunks; a run counts from where it has seen all tokens.
     """
     small = layer.sample(SAMPLE)
-    start = slots.reshape(-1, _width(layer)).astype(np.int64)
+    machine = _Machine.of(layer)
     runs, moves = 0, MOVES * layer.num_slots
     while clock.allows(runs) and (clock.rounds is not None or runs < RUNS) and moves > MOVES:
         begun = time.monotonic()
-        content = _annealed(layer, small, start, moves, rng, clock)
+        content = _annealed(layer, small, machine, machine.content(slots), moves, rng, clock)
         if content is None:
             return
         runs += 1
-        yield _on_gpus(layer, small, content, rng)
+        found = _on_gpus(layer, small, content, rng)
+        lighter = lightened(layer, found)
+        yield found if lighter is found else min((found, lighter), key=lambda slots: judged(layer, slots)[0])
         longer = float(LONGER)
         if clock.rounds is None:  # else the same rounds are the same work
             longer = min(longer, FITTING * clock.remaining / max(1e-3, time.monotonic() - begun))
@@ -87,12 +95,106 @@ def _width(layer: Layer) -> int:
     return server if server < layer.num_slots else layer.slots_per_rank
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Machine:
+    """Units and GPUs as the kernel sees them.
+
+    Parameters
+    ----------
+    width : int
+        Slots of a unit.
+    level : int
+        That of units.
+    idle : (units,) float64
+        How far below the level's cap that of each unit is.
+    gpu_idle, room : (units, GPUs of a unit) float64 and int64
+        The same for GPUs, and the slots of GPUs that are not shut.
+    seat : (num_experts,) int64
+        GPU of its unit on which an expert has to stand, or -1.
+    shut : (units, width) bool
+    limits : tuple or None
+        See `placer.search.copies.may_take`.
+    """
+
+    width: int
+    level: int
+    idle: Floats
+    gpu_idle: Floats
+    room: Ints
+    seat: Ints
+    shut: npt.NDArray[np.bool_]
+    limits: tuple[Any, ...] | None
+
+    @classmethod
+    def of(cls, layer: Layer) -> _Machine:
+        """The machine of a layer, its units those that hold an expert once."""
+        width, each = _width(layer), layer.slots_per_rank
+        shut = np.zeros(layer.num_slots, bool) if layer.rules is None else layer.rules.shut
+        level, ranks = layer.unit_slots.index(width), width // each
+        room = (~shut).reshape(-1, each).sum(axis=1).reshape(-1, ranks)
+        gpus = np.count_nonzero(room, axis=1)
+        return cls(
+            width=width,
+            level=level,
+            idle=layer.idle(level),
+            gpu_idle=layer.idle(0).reshape(-1, ranks),
+            room=room,
+            seat=_seats(layer, ranks),
+            shut=shut.reshape(-1, width),
+            limits=None if layer.rules is None else (*_limits(layer.rules, width), gpus),
+        )
+
+    def content(self, slots: Slots) -> Ints:
+        """What units hold: -1 for an empty slot, or `CLOSED`."""
+        from placer.search.copies import CLOSED
+
+        rows = slots.reshape(-1, self.width).astype(np.int64)
+        return np.where(self.shut, CLOSED, rows)
+
+    def free(self, content: Ints, expert: int) -> npt.NDArray[np.bool_]:
+        """Units that have an empty slot for another copy of an expert, (units,)."""
+        from placer.search.copies import hold, may_take
+
+        free = (content == -1).any(axis=1) & ~(content == expert).any(axis=1)
+        if self.limits is None:
+            return np.asarray(free, bool)
+        where, number = (np.zeros(len(self.limits[0]), kind) for kind in (np.uint64, np.int64))
+        hold(content, where, number)
+        taken = [may_take(expert, unit, -1, -1, where, self.limits) for unit in range(len(content))]
+        return np.asarray(free & np.array(taken), bool)
+
+
+def _seats(layer: Layer, ranks: int) -> Ints:
+    """GPU of its unit, of so many `ranks`, on which each expert has to stand, or -1."""
+    seats = np.full(layer.num_experts, -1)
+    if layer.rules is not None:
+        low, high = (ends[: layer.num_experts] for ends in (layer.rules.low, layer.rules.high))
+        pinned = high - low <= layer.slots_per_rank
+        seats[pinned] = low[pinned] // layer.slots_per_rank % ranks
+    return seats
+
+
+def _limits(rules: Rules, width: int) -> tuple[Any, ...]:
+    """Units that may hold each expert, as masks, and its partners with the units that they may not share, as CSR."""
+    units = np.arange(len(rules.low) // width)
+    low, high = rules.low[: rules.num_experts, None], rules.high[: rules.num_experts, None]
+    inside = (low < (units + 1) * width) & (high > units * width)
+    allowed = (inside.astype(np.uint64) << units.astype(np.uint64)).sum(axis=1, dtype=np.uint64)
+    _, _, _, _, first, partner, span = rules.compiled
+    return allowed, first, partner.astype(np.int64), span.astype(np.int64) // width
+
+
 def _annealed(
-    layer: Layer, small: Layer, start: Ints, moves: int, rng: np.random.Generator, clock: Clock
+    layer: Layer,
+    small: Layer,
+    machine: _Machine,
+    start: Ints,
+    moves: int,
+    rng: np.random.Generator,
+    clock: Clock,
 ) -> Ints | None:
     """What servers hold after one run; None where the clock ran out before all tokens were seen."""
-    content = _shared(layer, start)
-    level = layer.unit_slots.index(start.shape[1])
+    content = _shared(layer, machine, start)
     loads, penalty, bias = _loads(layer), PENALTY, np.zeros(len(content))
     begun = time.monotonic()
     for chunk in range(CHUNKS + REPAIRS):
@@ -104,32 +206,35 @@ def _annealed(
         seen = small if chunk < CHUNKS - FINAL else layer
         hot, cold = (HOT * (COLD / HOT) ** (min(x, CHUNKS) / CHUNKS) for x in (chunk, chunk + 1))
         draws = rng.random((moves, 2 + 2 * CHOICE))
-        over, crowd, load = _anneal(layer, seen, content, loads, bias, penalty, (hot, cold), draws)
+        over, crowd, load = _anneal(layer, seen, machine, content, loads, bias, penalty, (hot, cold), draws)
         last = chunk >= CHUNKS - 1
         if layer.rule == "cover" and (last or (seen is small and chunk >= BIASED)):
-            true = seen.counts(_dealt(layer, content)).load[level][: len(content)]
+            true = seen.counts(_dealt(layer, content)).load[machine.level][: len(content)]
             bias = (true - load) * (layer.load.sum() / seen.load.sum())
-            over = float(np.maximum(true - layer.caps[level], 0.0).sum()) if last else over
+            limit = layer.caps[machine.level] - machine.idle
+            over = float(np.maximum(true - limit, 0.0).sum()) if last else over
         if last and over + crowd == 0:
             break
         penalty = min(penalty * STEEPER, STEEPEST) if over + crowd > 0 else max(penalty / FLATTER, FLATTEST)
     return content
 
 
-def _shared(layer: Layer, start: Ints) -> Ints:
+def _shared(layer: Layer, machine: _Machine, start: Ints) -> Ints:
     """The start, and in empty slots copies of experts that are too hot for a GPU: no single move gains by these."""
     content = start.copy()
     number = np.bincount(content[content >= 0], minlength=layer.num_experts)
     beside = (layer.slots_per_rank - 1) * float(np.quantile(layer.load, LIGHT))
     limit = float(layer.caps[0]) - beside
-    while (layer.load / number).max() > limit:
-        expert = int((layer.load / number).argmax())
+    movable = np.ones(layer.num_experts, bool)
+    while (share := np.where(movable, layer.load / number, 0.0)).max() > max(0.0, limit):
+        expert = int(share.argmax())
+        free = machine.free(content, expert)
+        if not free.any():
+            movable[expert] = False
+            continue
         load = np.where(content >= 0, (layer.load / number)[content], 0.0).sum(axis=1)
-        full = (content >= 0).all(axis=1) | (content == expert).any(axis=1)
-        if full.all():
-            break
-        unit = int(np.where(full, np.inf, load).argmin())
-        content[unit, int((content[unit] < 0).argmax())] = expert
+        unit = int(np.where(free, load, np.inf).argmin())
+        content[unit, int((content[unit] == -1).argmax())] = expert
         number[expert] += 1
     return content
 
@@ -157,6 +262,7 @@ def _price_of_unevenness(layer: Layer, units: int, parts: int) -> float:
 def _anneal(
     layer: Layer,
     seen: Layer,
+    machine: _Machine,
     content: Ints,
     loads: Floats,
     bias: Floats,
@@ -168,9 +274,10 @@ def _anneal(
 
     `bias` is added to the load of units; `heat` are temperatures, in tokens of a mean expert.
     """
-    from placer.search.copies import RULES, anneal_copies
+    from placer.search.copies import anneal_copies
+    from placer.search.dispatch import RULES
 
-    seen_load, width = float(seen.load.sum()), content.shape[1]
+    seen_load = float(seen.load.sum())
     share = seen_load / float(layer.load.sum())
     _, over, crowd, load = anneal_copies(
         RULES["nearest" if layer.rule == "table" else layer.rule],
@@ -179,15 +286,18 @@ def _anneal(
         *seen.uses,
         layer.pairs[: layer.num_experts, : layer.num_experts].astype(np.float64),
         loads * share,
-        bias * share,
-        WITHIN * float(layer.caps[layer.unit_slots.index(width)]) * share,
-        width // layer.slots_per_rank,
+        (bias + machine.idle) * share,
+        WITHIN * float(layer.caps[machine.level]) * share,
+        machine.gpu_idle * share,
+        machine.room,
+        machine.seat,
         WITHIN * float(layer.caps[0]) * share,
         penalty,
         _price_of_unevenness(layer, len(content), loads.shape[1] - 1) / share,
         heat[0] * seen_load / layer.num_experts,
         heat[1] * seen_load / layer.num_experts,
         draws,
+        machine.limits,
     )
     return float(over), float(crowd), load
 

@@ -9,12 +9,17 @@ Without a cap, each server's experts are arranged for few touched GPUs instead.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from placer.errors import NoPlacement
 from placer.layer import Floats, Ints, Layer
+from placer.rules import Rules, feasible
 from placer.search import descend
 
 Slots = npt.NDArray[np.int32]
@@ -32,18 +37,57 @@ def on_gpus(layer: Layer, small: Layer, content: Ints, rng: np.random.Generator)
     small : Layer
         A sample of its tokens, for what GPUs they touch.
     content : (num_servers, slots of a server) int64
-        Expert of each slot, -1 = empty; in no server an expert twice.
+        Expert of each slot, negative = empty; in no server an expert twice.
     rng : numpy.random.Generator
 
     Returns
     -------
     (num_slots,) int32
-        Experts ascend within a GPU, -1 last.
+        Experts ascend within a GPU, -1 last. Rules are kept where an arrangement that keeps them is found.
     """
     held = np.maximum(np.bincount(content[content >= 0], minlength=layer.num_experts), 1)
     parts = part_loads(layer) / held
     ranks = content.shape[1] // layer.slots_per_rank
-    return np.concatenate([_arranged(layer, small, row, parts, held, ranks, rng) for row in content])
+    return np.concatenate(
+        [_arranged(layer, small, unit, row, parts, held, ranks, rng) for unit, row in enumerate(content)]
+    )
+
+
+def lightened(layer: Layer, slots: Slots) -> Slots:
+    """Slots with less load above the caps, or as they are: experts leave GPUs above theirs, and copies make way.
+
+    An expert goes to a slot of its server that is empty or holds a copy, or a copy goes altogether: each time what
+    leaves the least load above the caps, by `Layer.expected_load`.
+    """
+    over = layer.above_caps(layer.expected_load(slots))
+    while over > 0:
+        trials = list(_relieved(layer, slots))
+        values = [layer.above_caps(layer.expected_load(trial)) for trial in trials]
+        if min(values, default=over) >= over:
+            break
+        slots, over = trials[int(np.argmin(values))], min(values)
+    return slots
+
+
+def _relieved(layer: Layer, slots: Slots) -> Iterator[Slots]:
+    """The ways to take one expert from a GPU above its cap."""
+    each, width = layer.slots_per_rank, layer.server_ranks * layer.slots_per_rank
+    number = np.bincount(slots[slots >= 0], minlength=layer.num_experts)
+    spare = np.where(slots < 0, True, number[slots] > 1)
+    hot = layer.expected_load(slots)[0] > layer.caps[0] - layer.idle(0)
+    for at in np.flatnonzero((slots >= 0) & np.repeat(hot, each)).tolist():
+        trial = slots.copy()
+        trial[at] = -1
+        if spare[at]:
+            yield trial
+        begin = at // width * width
+        for to in range(begin, begin + width):
+            gpu = slots[to // each * each : (to // each + 1) * each]
+            if spare[to] and slots[at] not in gpu:
+                moved = trial.copy()
+                moved[to] = slots[at]
+                if layer.rules is None or layer.rules.keeps(moved):
+                    yield moved
 
 
 def part_loads(layer: Layer) -> Floats:
@@ -83,14 +127,28 @@ def together(mean: Floats, parts: Floats) -> Floats:
 
 
 def _arranged(
-    layer: Layer, small: Layer, row: Ints, parts: Floats, held: Ints, ranks: int, rng: np.random.Generator
+    layer: Layer,
+    small: Layer,
+    server: int,
+    row: Ints,
+    parts: Floats,
+    held: Ints,
+    ranks: int,
+    rng: np.random.Generator,
 ) -> Slots:
     """The experts of one server on its `ranks` GPUs."""
     members = np.sort(row[row >= 0])
     if len(members) == 0:
         return np.full(len(row), -1, np.int32)
     heat = (layer.load / held)[members]
-    mean, limit = heat.sum() / ranks, float(layer.caps[0])
+    rules = None if layer.rules is None else _rules_within(layer.rules, layer, server, members)
+    mine = slice(server * ranks, (server + 1) * ranks)
+    used = np.ones(ranks, bool) if rules is None else ~rules.shut.reshape(ranks, -1).all(axis=1)
+    speed = layer.unit_speeds(0)
+    mean = heat.sum() / np.count_nonzero(used)
+    limit = float(layer.caps[0]) * float(
+        speed[mine][used].mean() / speed.max()
+    )  # of a GPU as fast as the mean
     capped = bool(mean) and math.isfinite(limit)
     place = np.full(layer.num_experts + 1, -1, np.int32)  # the last one is for -1
     place[members] = np.arange(len(members))
@@ -111,7 +169,29 @@ def _arranged(
         load=heat.round().astype(np.int64),
         pair_counts=-(product * (LARGEST / max(1.0, product.max()))).astype(np.int64) if capped else None,
         topk=topk[(topk >= 0).sum(axis=1) > 1],
+        speeds=layer.speeds[mine],
+        rules=rules,
     )
     arranged, _ = descend(part, part.reference, exact=not capped, steps=200, patience=50, rng=rng)
     local = part.slots(arranged)
     return np.where(local >= 0, members[np.maximum(local, 0)], -1).astype(np.int32)
+
+
+def _rules_within(rules: Rules, layer: Layer, server: int, members: npt.NDArray[Any]) -> Rules | None:
+    """The rules for the positions of one server and the experts that it holds; None where no arrangement keeps them."""
+    width = layer.server_ranks * layer.slots_per_rank
+    begin, spare = server * width, width - len(members)
+    low, high = (np.clip(ends[members] - begin, 0, width) for ends in (rules.low, rules.high))
+    place = {expert: number for number, expert in enumerate(members.tolist())}
+    kept = (([place[e] for e in experts if e in place], slots) for experts, slots in rules.apart)
+    limits: dict[str, Any] = {
+        "num_experts": len(members),
+        "low": np.pad(low, (0, spare)).astype(np.int32),
+        "high": np.pad(high, (0, spare), constant_values=width).astype(np.int32),
+        "shut": rules.shut[begin : begin + width],
+        "apart": [(tuple(experts), slots) for experts, slots in kept if len(experts) > 1],
+    }
+    with contextlib.suppress(NoPlacement):
+        start = feasible(**limits, slots_per_rank=layer.slots_per_rank)
+        return None if start is None else Rules(**limits, start=start)
+    return None

@@ -264,14 +264,19 @@ class Layer:
             counts = self.counts(slots, table)
             seconds = float(counts.remote.sum(axis=1) @ np.array(self.seconds))
             load = counts.load if self.activations is None else self.expected_load(slots)
-        loads = [row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)]
-        limits = [(self.caps[level] - self.idle(level)) for level in range(len(loads))]
-        over = sum(
-            float(np.maximum(row - limit, 0.0).sum()) for row, limit in zip(loads, limits, strict=True)
-        )
+        loads = self._rows(load)
         swappable = [(loads[level], self.unit_speeds(level)) for level in self.levels if loads[level].any()]
         peak = max((float((load / speed).max() / load.mean()) for load, speed in swappable), default=1.0)
-        return round(over, 6), seconds, peak
+        return round(self.above_caps(load), 6), seconds, peak
+
+    def above_caps(self, load: Floats) -> float:
+        """Load above the caps, summed over units and levels, of the loads of units, (num_levels, num_ranks)."""
+        rows = enumerate(self._rows(load))
+        return sum(float(np.maximum(row - (self.caps[i] - self.idle(i)), 0.0).sum()) for i, row in rows)
+
+    def _rows(self, load: Floats) -> list[Floats]:
+        """A row of each level, as long as it has units."""
+        return [row[: self.num_slots // width] for row, width in zip(load, self.unit_slots, strict=True)]
 
     def counts(self, slots: Occupant, table: Occupant | None = None) -> Incidence:
         """Tokens against units for a slot array, copies included."""

@@ -100,10 +100,8 @@ def solve(
     if jobs < 1:
         raise InvalidInput(f"jobs: found {jobs}, expected at least 1")
     chosen = usable(problem, method, initial)
-    if steady:
-        if problem.routes is None or problem.routes.step is None:
-            raise InvalidInput(f"steady: {NO_STEPS}")
-        _without_copies(problem, method, "steady", initial)
+    if steady and (problem.routes is None or problem.routes.step is None):
+        raise InvalidInput(f"steady: {NO_STEPS}")
     starts = _initial(problem, initial)
     _compile(chosen, problem, stop, steady)
     begun = time.monotonic()
@@ -190,7 +188,7 @@ def _place(
     layer: Layer, name: str, seed: int, clock: Clock, initial: Slots | None, steady: bool = False
 ) -> _Done:
     rng = np.random.default_rng([seed, layer.index])
-    copies = "copies" in method(name).handles and layer.rules is None
+    copies = "copies" in method(name).handles and layer.activations is None
     layer = replace(layer, copies=copies)
     placed = method(name).place(layer, rng=rng, clock=clock, initial=initial)
     (excess, cost, heat), table = judged(layer, placed.slots, placed.table)
@@ -249,8 +247,6 @@ def usable(problem: Problem, name: str, initial: Placement | None = None) -> Met
         raise InvalidInput(f"method {name} keeps no gate groups whole; {', '.join(handling('pins'))} do")
     if problem.load_model != "tokens":
         _without_copies(problem, name, f"load model {problem.load_model}", initial)
-    if problem.topology.speeds:
-        _without_copies(problem, name, f"gpu_speeds of {problem.topology.name}", initial)
     return chosen
 
 

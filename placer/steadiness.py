@@ -19,6 +19,7 @@ import numpy.typing as npt
 from placer.batches import uses_by_step
 from placer.errors import InvalidInput
 from placer.layer import Floats, Layer
+from placer.rules import Rules
 
 Slots = npt.NDArray[np.int32]
 
@@ -45,7 +46,7 @@ class Steadiness:
 
 
 def steadiness(layer: Layer, slots: Slots) -> Steadiness:
-    """The steadiness of a slot array without copies.
+    """The steadiness of a slot array; copies of an expert are taken to share its load evenly in every step.
 
     Examples
     --------
@@ -59,7 +60,7 @@ def steadiness(layer: Layer, slots: Slots) -> Steadiness:
     >>> even.tolist(), steadiness(layer, even)
     ([0, 3, 1, 2], Steadiness(peaks=2.0, steps=2, touched=6.0))
     """
-    held = _shares(layer)[layer.occupant(slots)].reshape(layer.num_ranks, layer.slots_per_rank, -1)
+    held = _shares(layer, slots).reshape(layer.num_ranks, layer.slots_per_rank, -1)
     gpus = held.sum(axis=1) / layer.unit_speeds(0)[:, None]
     touched = layer.counts(slots).touched[0].sum()
     return Steadiness(peaks=float(gpus.max(axis=0).sum()), steps=gpus.shape[1], touched=float(touched))
@@ -75,7 +76,6 @@ def steadied(layer: Layer, slots: Slots) -> Slots:
     layer : Layer
         With the step of every token.
     slots : (num_slots,) int32
-        Without copies.
 
     Raises
     ------
@@ -87,23 +87,64 @@ def steadied(layer: Layer, slots: Slots) -> Slots:
     inside = [i for i, ranks in enumerate(layer.unit_ranks) if ranks < layer.server_ranks]
     if not inside:
         return slots
+    tenants = _tenants(layer, slots)
+    order = np.argsort(tenants.start)  # slots by tenant
     occupant = settled(
-        layer.occupant(slots),
-        np.ascontiguousarray(_shares(layer)),
-        layer.expert_load,
+        tenants.start.copy(),
+        _shares(layer, slots)[order],
+        _evenly(layer.heat.astype(np.float64), slots)[order],
         np.array([layer.unit_slots[i] for i in inside], np.int64),
         layer.caps[inside],
         np.stack([np.resize(layer.idle(i), layer.num_slots) for i in inside]),
         1.0 / layer.unit_speeds(0),
         layer.server_ranks,
         SWEEPS,
-        None if layer.rules is None else layer.rules.compiled,
+        tenants.compiled if tenants.apart or layer.rules is not None else None,
     )
-    return layer.slots(occupant)
+    return _ordered(layer, slots[order][occupant])
 
 
-def _shares(layer: Layer) -> Floats:
-    """Load that each occupant brings in each step with load, (num_slots, steps), over the mean of all GPUs.
+def _tenants(layer: Layer, slots: Slots) -> Rules:
+    """Rules for what fills each slot, one occupant a copy: the layer's, and no two copies of an expert on one GPU.
+
+    Their start is how slots stand. Swaps inside a server change nothing for experts that larger units keep apart.
+    """
+    filled = np.flatnonzero(slots >= 0)
+    start = np.empty(len(slots), np.int32)
+    start[filled] = np.arange(len(filled))
+    start[slots < 0] = np.arange(len(filled), len(slots))
+    held, each = slots[filled], layer.slots_per_rank
+    copied = np.flatnonzero(np.bincount(held, minlength=layer.num_experts) > 1)
+    apart = [(tuple(np.flatnonzero(held == expert).tolist()), each) for expert in copied]
+    low, high = (np.full(len(slots), end, np.int32) for end in (0, len(slots)))
+    shut = np.zeros(len(slots), bool)
+    if layer.rules is not None:
+        shut = layer.rules.shut
+        low[: len(filled)], high[: len(filled)] = layer.rules.low[held], layer.rules.high[held]
+        named = (
+            np.flatnonzero(np.isin(held, experts)) for experts, span in layer.rules.apart if span == each
+        )
+        apart += [(tuple(group.tolist()), each) for group in named]
+    return Rules(num_experts=len(filled), low=low, high=high, shut=shut, apart=apart, start=start)
+
+
+def _ordered(layer: Layer, slots: Slots) -> Slots:
+    """Slots in their canonical order; with copies, experts ascend within a GPU."""
+    if len(np.unique(held := slots[slots >= 0])) == len(held):
+        return layer.slots(layer.occupant(slots))
+    rows = np.sort(np.where(slots < 0, layer.num_experts, slots).reshape(layer.num_ranks, -1), axis=1)
+    return np.where(rows < layer.num_experts, rows, -1).ravel().astype(np.int32)
+
+
+def _evenly(amount: Floats, slots: Slots) -> Floats:
+    """What each slot, (num_slots, ...), has of its expert's amount, (num_experts, ...), when copies share it evenly."""
+    number = np.bincount(slots[slots >= 0], minlength=len(amount))
+    shares = amount / np.maximum(number, 1).reshape(-1, *[1] * (amount.ndim - 1))
+    return np.ascontiguousarray(np.concatenate([shares, np.zeros((1, *amount.shape[1:]))])[slots])
+
+
+def _shares(layer: Layer, slots: Slots) -> Floats:
+    """Load that each slot brings in each step with load, (num_slots, steps), over the mean of all GPUs.
 
     As caps count it: tokens, or whether the step uses the expert.
     """
@@ -112,5 +153,4 @@ def _shares(layer: Layer) -> Floats:
     uses = uses_by_step(layer.tokens, layer.step, layer.num_experts)
     used = (uses if layer.activations is None else uses > 0).astype(np.float64)
     used = used[used.any(axis=1)]
-    shares = used.T * layer.num_ranks / used.sum(axis=1)
-    return np.pad(shares, ((0, layer.num_slots - layer.num_experts), (0, 0)))
+    return _evenly(used.T * layer.num_ranks / used.sum(axis=1), slots)

@@ -49,7 +49,7 @@ def fitted_table(layer: Layer, slots: Slots) -> npt.NDArray[np.int32] | None:
     >>> fitted_table(layer, np.array([0, 1, 0, 2, 3, -1], np.int32)).tolist()
     [[0, 1, 3, 4], [2, 1, 3, 4], [2, 1, 3, 4]]
     """
-    from placer.search.copies import UNITS
+    from placer.search.dispatch import UNITS
     from placer.search.tables import fit_table
 
     held = np.flatnonzero(slots >= 0)

@@ -17,17 +17,14 @@ from placer import Budget, Trace, copies, solve
 from placer.clock import Clock
 from placer.gpus import part_loads
 from placer.layer import Layer
-from placer.search.copies import (
+from placer.search.copies import CLOSED, anneal_copies, crowding, hold, unevenness
+from placer.search.dispatch import (
     RULES,
-    anneal_copies,
     cover_load,
     cover_size,
     covers,
-    crowding,
-    hold,
     token_cost,
     total_cost,
-    unevenness,
 )
 from placer.solvers import auto, eplb
 from placer.tables import judged
@@ -261,17 +258,29 @@ def plain_unevenness(unit_loads: Floats) -> float:
     return float(len(unit_loads) * unit_loads[:, 1:].var(axis=0).sum())
 
 
-def plain_crowding(row: Sequence[int], ranks: int, share: Floats, most: float) -> float:
-    """The heaviest copy left goes to the coolest GPU with room, the first of several."""
-    gpus: list[list[float]] = [[] for _ in range(ranks)]
-    for load in sorted((float(share[e]) for e in row if e >= 0), reverse=True):
-        min((gpu for gpu in gpus if len(gpu) < len(row) // ranks), key=sum).append(load)
+def plain_crowding(
+    row: Sequence[int],
+    idle: Sequence[float],
+    room: Sequence[int],
+    seat: Sequence[int],
+    share: Floats,
+    most: float,
+) -> float:
+    """The heaviest copy left goes to the coolest GPU with room, the first of several; those with a seat go first."""
+    gpus = [[cold] for cold in idle]
+    for e in row:
+        if e >= 0 and seat[e] >= 0:
+            gpus[seat[e]].append(float(share[e]))
+    for load in sorted((float(share[e]) for e in row if e >= 0 and seat[e] < 0), reverse=True):
+        min((gpu for gpu, slots in zip(gpus, room, strict=True) if len(gpu) <= slots), key=sum).append(load)
     return sum(max(0.0, sum(gpu) - most) for gpu in gpus)
 
 
-def all_crowding(content: Ints, ranks: int, load: Floats, most: float) -> float:
+def all_crowding(content: Ints, idle: Floats, room: Ints, seat: Ints, load: Floats, most: float) -> float:
     share = load / np.bincount(content[content >= 0], minlength=len(load))
-    return sum(plain_crowding(row, ranks, share, most) for row in content.tolist())
+    rows = zip(content.tolist(), idle.tolist(), room.tolist(), strict=True)
+    seats = seat.tolist()
+    return sum(plain_crowding(row, cold, slots, seats, share, most) for row, cold, slots in rows)
 
 
 @settings(max_examples=50, deadline=None)
@@ -283,43 +292,62 @@ def test_unevenness_is_the_squared_deviation_from_the_means(seed: int, units: in
 
 
 @st.composite
-def crowds(draw: st.DrawFn) -> tuple[Ints, int, Floats, Ints, float]:
-    """A unit's row, its GPUs, loads, copies and the cap of a GPU; some slots empty, some loads equal."""
-    ranks, room = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+def crowds(draw: st.DrawFn) -> tuple[Ints, Floats, Ints, Ints, Floats, Ints, float]:
+    """A unit's row, what its GPUs begin with, their slots, seats, loads, copies and the cap of a GPU.
+
+    Some slots are empty, others closed, and some loads are equal.
+    """
+    ranks, each = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     rng = np.random.default_rng(draw(st.integers(0, 2**20)))
-    row = rng.permutation(ranks * room + 2)[: ranks * room]
+    row = rng.permutation(ranks * each + 2)[: ranks * each]
     row[rng.random(len(row)) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = -1
-    loads = np.round(rng.lognormal(2.0, draw(st.sampled_from([0.0, 1.0, 2.0])), ranks * room + 2))
+    room = rng.integers(0 if draw(st.booleans()) else each, each + 1, ranks)
+    row[: len(row) - room.sum()] = CLOSED
+    loads = np.round(rng.lognormal(2.0, draw(st.sampled_from([0.0, 1.0, 2.0])), ranks * each + 2))
     number = rng.integers(1, 4, len(loads))
     mean = float((loads / number)[row[row >= 0]].sum()) / ranks
-    return row, ranks, loads, number, mean * draw(st.sampled_from([0.5, 1.0, 1.2, 2.0]))
+    idle = np.round(mean * rng.random(ranks)) if draw(st.booleans()) else np.zeros(ranks)
+    seat = np.full(len(loads), -1)
+    if (seated := row[row >= 0][: draw(st.integers(0, 2))]).size:
+        rank = int(room.argmax())
+        seat[seated[: room[rank]]] = rank
+    return (
+        rng.permutation(row),
+        idle,
+        room,
+        seat,
+        loads,
+        number,
+        mean * draw(st.sampled_from([0.5, 1.0, 1.2, 2.0])),
+    )
 
 
 @settings(max_examples=150, deadline=None)
 @given(case=crowds())
 def test_crowding_is_what_longest_first_leaves_above_the_cap(
-    case: tuple[Ints, int, Floats, Ints, float],
+    case: tuple[Ints, Floats, Ints, Ints, Floats, Ints, float],
 ) -> None:
-    row, ranks, loads, number, most = case
+    row, idle, room, seat, loads, number, most = case
     two = np.stack([loads, loads[::-1]], axis=1)  # the second column is no load
-    expected = plain_crowding(row.tolist(), ranks, loads / number, most)
-    assert crowding(row, ranks, two, number, most) == pytest.approx(expected, abs=1e-9)
+    expected = plain_crowding(row.tolist(), idle.tolist(), room.tolist(), seat.tolist(), loads / number, most)
+    assert crowding(row, idle, room, seat, two, number, most) == pytest.approx(expected, abs=1e-9)
 
 
 @settings(max_examples=150, deadline=None)
 @given(case=crowds())
 def test_without_crowding_some_arrangement_on_gpus_keeps_the_cap(
-    case: tuple[Ints, int, Floats, Ints, float],
+    case: tuple[Ints, Floats, Ints, Ints, Floats, Ints, float],
 ) -> None:
-    row, ranks, loads, number, most = case
-    assume(crowding(row, ranks, loads[:, None], number, most) == 0.0)
-    share = [loads[e] / number[e] if e >= 0 else 0.0 for e in row.tolist()]
-    dealt = (order for order in product(range(ranks), repeat=len(row)))
+    row, idle, room, seat, loads, number, most = case
+    assume(crowding(row, idle, room, seat, loads[:, None], number, most) == 0.0)
+    share = [loads[e] / number[e] for e in row[row >= 0].tolist()]
     assert any(
-        all(gpus.count(r) == len(row) // ranks for r in range(ranks))
-        and max(sum(x for x, gpu in zip(share, gpus, strict=True) if gpu == r) for r in range(ranks))
-        <= most + 1e-9
-        for gpus in dealt
+        all(
+            gpus.count(r) <= room[r]
+            and idle[r] + sum(x for x, gpu in zip(share, gpus, strict=True) if gpu == r) <= most + 1e-9
+            for r in range(len(room))
+        )
+        for gpus in product(range(len(room)), repeat=len(share))
     )
 
 
@@ -333,7 +361,7 @@ class Annealed:
     layer: Layer
     loads: Floats
     bias: Floats
-    caps: tuple[float, int, float]  # of a unit, GPUs of a unit, of a GPU
+    caps: tuple[float, Floats, Ints, Ints, float]  # of a unit, what GPUs begin with, slots, seats, of a GPU
     prices: tuple[float, float]
     draws: Floats
     before: Ints
@@ -363,7 +391,7 @@ class Annealed:
         return float(np.maximum(self.unit_load(content) + self.bias - self.caps[0], 0.0).sum())
 
     def crowding(self, content: Ints) -> float:
-        return all_crowding(content, self.caps[1], self.loads[:, 0], self.caps[2])
+        return all_crowding(content, *self.caps[1:4], self.loads[:, 0], self.caps[4])
 
     def unevenness(self, content: Ints) -> float:
         return plain_unevenness(even_loads(content, self.loads))
@@ -420,7 +448,8 @@ def annealed(
     added = np.zeros(units)
     added[: len(bias)] = bias
     draws = rng.random((steps, 2 + 2 * choices))
-    caps, prices = (cap * mean, ranks, most * mean / ranks), (penalty, uneven / mean)
+    gpus = np.zeros((units, ranks)), np.full((units, ranks), slots // ranks), np.full(experts, -1)
+    caps, prices = (cap * mean, *gpus, most * mean / ranks), (penalty, uneven / mean)
     cost, over, crowd, load = anneal_copies(
         RULES[rule],
         after,

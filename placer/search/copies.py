@@ -1,8 +1,7 @@
 """Compiled search for copies: random moves of experts between units, some experts standing on several.
 
 A unit holds an expert once at most, and what holds an expert is a bit mask of up to 64 units. The cost of a token is
-the number of other units that it touches, summed over all units as its home; only the tokens of the experts that a
-move concerns are counted anew.
+that of `placer.search.dispatch`; only the tokens of the experts that a move concerns are counted anew.
 """
 
 from __future__ import annotations
@@ -10,144 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from placer.search.compiling import kernel
+from placer.search.dispatch import cover_load, token_cost, total_cost
 from placer.search.pricing import BIT, DE_BRUIJN
 
-#: Dispatch rules: a uniform pick unless the home has a copy, a uniform pick, the fewest other units.
-RULES = {"nearest": 0, "spread": 1, "cover": 2}
-
-UNITS = 64  # bits of a mask
+CLOSED = -2  # content of a slot that stays empty; others that are empty hold -1
 GLANCES = (32, 8, 1)  # a move is judged by one in so many tokens first, and by more while it may be accepted
 DOUBT = 2.0  # standard errors by which that may be wrong
-
-
-@kernel
-def ones(mask):
-    """How many bits are set."""
-    mask -= (mask >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    mask = (mask & np.uint64(0x3333333333333333)) + ((mask >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    mask = (mask + (mask >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((mask * np.uint64(0x0101010101010101)) >> np.uint64(56))
-
-
-@kernel
-def cover_size(several, many, home):
-    """Units needed to hold all experts but those that `home`, a mask of one unit or none, holds.
-
-    `several[:many]` are the units of each expert, as masks.
-    """
-    left = np.uint64(0)
-    for x in range(many):
-        if several[x] & home == 0:
-            left |= np.uint64(1) << np.uint64(x)
-    if left == 0:
-        return 0
-    for size in range(1, many + 1):
-        if covers(several, many, left, size):
-            return size
-    return many
-
-
-@kernel
-def covers(several, many, left, size):
-    """Whether `size` units can hold the experts `left`, a mask of places in `several`."""
-    stack, depth = np.empty(size + 1, np.uint64), 0  # experts left
-    choice = np.empty(size + 1, np.uint64)  # units of the first expert left that are still to be tried
-    stack[0] = left
-    choice[0] = several[BIT[(left & (~left + np.uint64(1))) * DE_BRUIJN >> np.uint64(58)]]
-    while depth >= 0:
-        if choice[depth] == 0:
-            depth -= 1
-            continue
-        unit = choice[depth] & (~choice[depth] + np.uint64(1))
-        choice[depth] ^= unit
-        rest = np.uint64(0)
-        for x in range(many):
-            bit = np.uint64(1) << np.uint64(x)
-            if stack[depth] & bit and not several[x] & unit:
-                rest |= bit
-        if rest == 0:
-            return True
-        if depth + 1 < size:
-            depth += 1
-            stack[depth] = rest
-            choice[depth] = several[BIT[(rest & (~rest + np.uint64(1))) * DE_BRUIJN >> np.uint64(58)]]
-    return False
-
-
-@kernel
-def token_cost(rule, row, where, number, units, several):
-    """Units other than the home's that a token touches, summed over all units as its home.
-
-    Parameters: row (top_k,) experts, -1 = none; where (E,) uint64 and number (E,) the units that hold each expert;
-    several (top_k,) uint64 working space.
-    """
-    one = np.uint64(1)
-    certain, union, many = np.uint64(0), np.uint64(0), 0
-    for j in range(row.shape[0]):
-        e = row[j]
-        if e < 0:
-            continue
-        if number[e] == 1:
-            certain |= where[e]
-        else:
-            several[many] = where[e]
-            union |= where[e]
-            many += 1
-    total = float(ones(certain) * (units - 1))
-    if many == 0:
-        return total
-    if rule == 2:
-        opened = 0
-        union = np.uint64(0)
-        for x in range(many):
-            if several[x] & certain == 0:
-                several[opened] = several[x]
-                union |= several[x]
-                opened += 1
-        if opened == 0:
-            return total
-        if opened == 1:
-            return total + units - ones(union)
-        most = cover_size(several, opened, np.uint64(0))
-        total += most * units
-        while union:  # a home that holds some of the experts
-            home = union & (~union + one)
-            union ^= home
-            total -= most - cover_size(several, opened, home)
-        return total
-    union &= ~certain
-    while union:
-        unit = union & (~union + one)
-        union ^= unit
-        miss, holders, last = 1.0, 0, 0
-        for x in range(many):
-            if several[x] & unit:
-                last = ones(several[x])
-                miss *= 1.0 - 1.0 / last
-                holders += 1
-        if rule == 1:
-            total += (units - 1) * (1.0 - miss)
-        elif holders == 1:
-            total += (units - last) / last
-        else:
-            for h in range(units):  # nothing at the unit itself
-                home, miss = one << np.uint64(h), 1.0
-                for x in range(many):
-                    if several[x] & unit and not several[x] & home:
-                        miss *= 1.0 - 1.0 / ones(several[x])
-                total += 1.0 - miss
-    return total
-
-
-@kernel
-def total_cost(rule, tokens, count, where, number, units, cost):
-    """`token_cost` of every token into `cost` (n,), and their sum weighted by `count`."""
-    several = np.empty(tokens.shape[1], np.uint64)
-    total = 0.0
-    for t in range(tokens.shape[0]):
-        cost[t] = token_cost(rule, tokens[t], where, number, units, several)
-        total += count[t] * cost[t]
-    return total
 
 
 @kernel
@@ -181,60 +48,6 @@ def spread_load(e, sign, load, where, number, unit_load):
 
 
 @kernel
-def share_out(left, amount, unit_load):
-    """Add an amount to every unit of a mask."""
-    while left:
-        unit = left & (~left + np.uint64(1))
-        left ^= unit
-        unit_load[BIT[unit * DE_BRUIJN >> np.uint64(58)], 0] += amount
-
-
-@kernel
-def cover_load(row, weight, where, number, units, unit_load):
-    """Add the picks of a token under the rule cover, expected over uniform homes, times `weight`.
-
-    *Open* experts are on none of the units that must be touched. Exact where two are at most, and experts that are on
-    several touched units do not meet the units chosen for two; of more, those that one unit can hold together are
-    taken to go to such a unit, and others to share evenly.
-    """
-    certain, shared, opened = np.uint64(0), ~np.uint64(0), 0
-    lone, union = np.uint64(0), np.uint64(0)
-    for j in range(row.shape[0]):
-        e = row[j]
-        if e >= 0 and number[e] == 1:
-            certain |= where[e]
-            unit_load[BIT[where[e] * DE_BRUIJN >> np.uint64(58)], 0] += weight
-    for j in range(row.shape[0]):
-        e = row[j]
-        if e >= 0 and number[e] > 1 and where[e] & certain == 0:
-            opened += 1
-            lone = where[e]
-            shared &= where[e]
-            union |= where[e]
-    weight /= units
-    for j in range(row.shape[0]):
-        e = row[j]
-        if e < 0 or number[e] == 1:
-            continue
-        held = where[e]
-        among = held & certain
-        share_out(held, weight, unit_load)  # homes that hold it
-        away = units - number[e]
-        if among and opened == 1 and held & lone:
-            asked = units - ones(lone | held)  # homes for which a unit of `lone` is chosen
-            both = asked * ones(lone & held) / ones(lone)  # and it holds this expert, too
-            each = (away - both) / ones(among) + both / (ones(among) + 1.0)
-            share_out(among, weight * each, unit_load)
-            share_out(lone & held, weight * asked / ones(lone) / (ones(among) + 1.0), unit_load)
-        elif among:
-            share_out(among, weight * away / ones(among), unit_load)
-        else:
-            together = units - ones(union) if shared else 0  # homes for which open experts share a unit
-            share_out(held, weight * (away - together) / number[e], unit_load)
-            share_out(shared if shared else held, weight * together / max(1, ones(shared)), unit_load)
-
-
-@kernel
 def excess(unit_load, cap):
     """Load above the cap, summed over units."""
     over = 0.0
@@ -255,26 +68,33 @@ def unevenness(unit_load, part_mean):
 
 
 @kernel
-def crowding(row, ranks, load, number, most):
+def crowding(row, idle, room, seat, load, number, most):
     """Load above `most` on a unit's ranks when its copies, the heaviest first, go to the coolest with a free slot.
 
-    Parameters: row (slots,) experts, -1 = none; load (E, 1 + parts), of which the first counts; number (E,) copies.
+    Parameters: row (slots,) experts, negative = none; idle, room (ranks,) what a rank begins with, and its slots; seat
+    (E,) the rank where an expert has to be, or -1; load (E, 1 + parts), of which the first counts; number (E,) copies.
     """
-    room = row.shape[0] // ranks
-    shares = np.zeros(row.shape[0])
-    for i in range(row.shape[0]):
-        e = row[i]
-        share = load[e, 0] / number[e] if e >= 0 else 0.0
-        j = i
+    ranks = room.shape[0]
+    heat, held = idle.copy(), np.zeros(ranks, np.int64)
+    shares, many = np.empty(row.shape[0]), 0
+    for e in row:
+        if e < 0:
+            continue
+        share = load[e, 0] / number[e]
+        if seat[e] >= 0:
+            heat[seat[e]] += share
+            held[seat[e]] += 1
+            continue
+        j = many
         while j > 0 and shares[j - 1] < share:
             shares[j] = shares[j - 1]
             j -= 1
         shares[j] = share
-    heat, held = np.zeros(ranks), np.zeros(ranks, np.int64)
-    for i in range(row.shape[0]):
+        many += 1
+    for i in range(many):
         coolest = -1
         for r in range(ranks):
-            if held[r] < room and (coolest < 0 or heat[r] < heat[coolest]):
+            if held[r] < room[r] and (coolest < 0 or heat[r] < heat[coolest]):
                 coolest = r
         heat[coolest] += shares[i]
         held[coolest] += 1
@@ -282,6 +102,33 @@ def crowding(row, ranks, load, number, most):
     for r in range(ranks):
         over += max(0.0, heat[r] - most)
     return over
+
+
+@kernel
+def may_take(f, u, e, v, where, limits):
+    """Whether unit u may hold expert f once e has left it for v, or for good where v = -1.
+
+    `limits`: (E,) uint64 units that may hold each expert; the partners that it keeps apart from, as CSR: (E + 1,)
+    starts, partners, and how many units the two may not share, 0 where it is one GPU; and (units,) GPUs with a slot for
+    experts. So many partners, f included, may share a unit.
+    """
+    allowed, first, partner, span, gpus = limits
+    if not allowed[f] >> np.uint64(u) & np.uint64(1):
+        return False
+    beside = 0
+    for x in range(first[f], first[f + 1]):
+        held = where[partner[x]]
+        if partner[x] == e:
+            held &= ~(np.uint64(1) << np.uint64(u))
+            if v >= 0:
+                held |= np.uint64(1) << np.uint64(v)
+        if span[x] == 0:
+            beside += 1 if held >> np.uint64(u) & np.uint64(1) else 0
+            continue
+        for w in range(u // span[x] * span[x], (u // span[x] + 1) * span[x]):
+            if held >> np.uint64(w) & np.uint64(1):
+                return False
+    return beside < gpus[u]
 
 
 @kernel
@@ -323,22 +170,25 @@ def anneal_copies(
     load,
     bias,
     cap,
-    ranks,
+    idle,
+    room,
+    seat,
     most,
     penalty,
     uneven,
     hot,
     cold,
     draws,
+    limits=None,
 ):
     """Annealing over what units hold: swaps of two slots, and other experts in the slots of copies or in empty ones.
 
     Parameters
     ----------
     rule : int
-        See `RULES`.
+        See `placer.search.dispatch.RULES`.
     content : (units, slots) int64, in and out
-        Expert of each slot, -1 = empty; no expert twice in a unit, at most `UNITS` units.
+        Expert of each slot, -1 = empty, or `CLOSED`; no expert twice in a unit, at most 64 units.
     tokens, count : (n, top_k) integer and (n,) int64
         Distinct expert sets, -1 = none, and the tokens of each.
     first, uses : (E + 1,) and (first[E],) int
@@ -352,14 +202,20 @@ def anneal_copies(
         What is added to the load of units.
     cap : float
         Load of a unit above which every token costs `penalty` units.
-    ranks, most : int and float
-        GPUs of a unit, and the same for the load of a GPU; no expert loses the copies that it needs to stay below.
+    idle, room : (units, GPUs of a unit) float64 and int64
+        What is added to the load of GPUs, and their slots that are not closed.
+    seat : (E,) int64
+        GPU of its unit where an expert has to be, or -1.
+    most : float
+        As `cap` for the load of a GPU; no expert loses the copies that it needs to stay below.
     penalty, uneven : float
         Touched units that a token above a cap costs, and that a squared token of `unevenness` costs.
     hot, cold : float
         First and last temperature, in touched units.
     draws : (steps, 2 + 2 n) float64
         Uniform random numbers in [0, 1), for n moves to choose from.
+    limits : tuple, optional
+        Where experts may stand (see `may_take`); None for anywhere.
 
     Returns
     -------
@@ -367,7 +223,7 @@ def anneal_copies(
     units; that above the cap of GPUs; and the load of units, (units,) float64, without the bias.
     """
     units, slots = content.shape
-    experts = load.shape[0]
+    experts, ranks = load.shape[0], room.shape[1]
     where, number = np.zeros(experts, np.uint64), np.zeros(experts, np.int64)
     hold(content, where, number)
     several = np.empty(tokens.shape[1], np.uint64)
@@ -392,7 +248,7 @@ def anneal_copies(
                 bonds[u] += pairs[content[u, i]]
     crowded, crowds = np.zeros(units), np.zeros(units)
     for u in range(units if ranks > 1 else 0):
-        crowded[u] = crowding(content[u], ranks, load, number, most)
+        crowded[u] = crowding(content[u], idle[u], room[u], seat, load, number, most)
     steps, marks = draws.shape[0], 0
     for step in range(steps):
         u, i, v, j, f, best = -1, -1, -1, -1, -1, -np.inf
@@ -400,11 +256,13 @@ def anneal_copies(
             p = int(draws[step, x] * units * slots)
             a, b, c, d = p // slots, p % slots, -1, -1
             e = content[a, b]
+            if e == CLOSED:
+                continue
             if draws[step, 0] < 0.5:
                 p = int(draws[step, x + 1] * units * slots)
                 c, d = p // slots, p % slots
                 g = content[c, d]
-                if c == a or e == g or (e >= 0 and where[e] >> np.uint64(c) & np.uint64(1)):
+                if c == a or e == g or g == CLOSED or (e >= 0 and where[e] >> np.uint64(c) & np.uint64(1)):
                     continue
             elif e < 0 or (number[e] > 1 and load[e, 0] <= most * (number[e] - 1)):
                 g = int(draws[step, x + 1] * (experts + 1)) - 1
@@ -414,6 +272,11 @@ def anneal_copies(
                 continue
             if g >= 0 and where[g] >> np.uint64(a) & np.uint64(1):
                 continue
+            if limits is not None:
+                if g >= 0 and not may_take(g, a, e, c, where, limits):
+                    continue
+                if e >= 0 and c >= 0 and not may_take(e, c, g, a, where, limits):
+                    continue
             gain = 0.0
             if e >= 0:
                 gain -= bonds[a, e] - (bonds[c, e] if c >= 0 else 0.0)
@@ -442,13 +305,13 @@ def anneal_copies(
                 crowds[w] = crowded[w]
                 bit = np.uint64(1) << np.uint64(w)
                 if w in (u, v) or (e >= 0 and where[e] & bit) or (f >= 0 and where[f] & bit):
-                    crowds[w] = crowding(content[w], ranks, load, number, most)
+                    crowds[w] = crowding(content[w], idle[w], room[w], seat, load, number, most)
                     heat += crowds[w] - crowded[w]
         heated = -np.log(1.0 - draws[step, 1]) * hot * (cold / hot) ** (step / steps)
         if rule == 2 and over > 0.0:  # copies share evenly by and large only: what helps must not be missed
             now = 0.0
         heated -= penalty * heat + uneven * (spread_now - spread)
-        room = (heated - penalty * (now - over)) * units  # a change above it is refused
+        bearable = (heated - penalty * (now - over)) * units  # a change above it is refused
         change, refused = 0.0, False
         for glance in range(len(GLANCES)):
             change, square, n = 0.0, 0.0, 0
@@ -467,10 +330,10 @@ def anneal_copies(
                     change += d
                     square += d * d
                     n += 1
-            if stride > 1 and n > 1 and change * stride - DOUBT * stride * np.sqrt(square) > room:
+            if stride > 1 and n > 1 and change * stride - DOUBT * stride * np.sqrt(square) > bearable:
                 refused = True
                 break
-        accepted = not refused and change <= room
+        accepted = not refused and change <= bearable
         if accepted and rule == 2:
             trial[:, 0] = unit_load[:, 0]
             before[:] = 0.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from placer.search.compiling import kernel
-from placer.search.copies import excess, ones
+from placer.search.copies import excess
+from placer.search.dispatch import ones
 from placer.search.pricing import BIT, DE_BRUIJN
 
 

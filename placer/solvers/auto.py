@@ -20,7 +20,7 @@ import numpy as np
 from placer import copies
 from placer.clock import Clock
 from placer.layer import Layer, Occupant
-from placer.solvers import Placed, cpsat, eplb, linear, lpt, tabu
+from placer.solvers import Method, Placed, cpsat, eplb, linear, lpt, method
 from placer.tables import judged
 
 needs = frozenset({"load"})
@@ -31,27 +31,35 @@ NEAR = 1.05  # copies of other methods are judged unless a sample of tokens cost
 
 NO_TIME = "time ran out before copies were searched for: a longer --time-limit finds better ones"
 NONE_FOUND = "spare slots stay empty: no copies were found that cost less within the caps"
-SPARE_UNUSED = "spare slots stay empty: under constraints no copies are made"
+SPARE_UNUSED = (
+    "spare slots stay empty: copies within constraints take a trace, load in tokens and at most 64 servers"
+)
 
 
 def place(layer: Layer, *, rng: np.random.Generator, clock: Clock, initial: Occupant | None = None) -> Placed:
     """Run what suits the layer and return the best."""
-    if layer.rules is not None:
-        return _within_rules(layer, rng, clock, initial)
-    if layer.topk is None:
+    if layer.topk is None and layer.rules is None:
         return _balanced(layer, rng, clock)
     spare = layer.num_slots > layer.num_experts
     single = replace(layer, copies=False) if spare else layer  # whose caps can be met without copies
-    place_single = cpsat.place if cpsat.provable(single) else tabu.place
-    begun = clock
-    if spare and copies.suits(layer) and clock.rounds is None:
+    begun, searched = clock, copies.suits(layer)
+    if searched and clock.rounds is None:
         begun = replace(clock, rounds=START, deadline=time.monotonic() + SHARE * clock.remaining)
-    placed = place_single(single, rng=rng, clock=begun, initial=initial)
+    placed = _single(single).place(single, rng=rng, clock=begun, initial=initial)
     if not spare:
         return placed
+    if layer.rules is not None and not searched:
+        return replace(placed, notes=(*placed.notes, SPARE_UNUSED))
     if clock.expired:
-        return replace(placed, notes=(*placed.notes, NO_TIME)) if copies.suits(layer) else placed
+        return replace(placed, notes=(*placed.notes, NO_TIME)) if searched else placed
     return _with_copies(layer, placed, rng, clock)
+
+
+def _single(layer: Layer) -> Method:
+    """The method for a layer without copies."""
+    if layer.rules is not None:
+        return method("lpt" if layer.topk is None else "tabu")
+    return method("cpsat" if cpsat.provable(layer) else "tabu")
 
 
 def _balanced(layer: Layer, rng: np.random.Generator, clock: Clock) -> Placed:
@@ -62,23 +70,17 @@ def _balanced(layer: Layer, rng: np.random.Generator, clock: Clock) -> Placed:
     return replace(named[best], notes=(*named[best].notes, note))
 
 
-def _within_rules(layer: Layer, rng: np.random.Generator, clock: Clock, initial: Occupant | None) -> Placed:
-    """The method that keeps rules; it makes no copies."""
-    place_single = lpt.place if layer.topk is None else tabu.place
-    placed = place_single(replace(layer, copies=False), rng=rng, clock=clock, initial=initial)
-    notes = (SPARE_UNUSED,) if layer.num_slots > layer.num_experts else ()
-    return replace(placed, notes=(*placed.notes, *notes))
-
-
 def _with_copies(layer: Layer, placed: Placed, rng: np.random.Generator, clock: Clock) -> Placed:
     """The best of a placement without copies, ours and those of `eplb` and `linear`."""
     best, (value, table) = placed.slots, judged(layer, placed.slots)
     runs = 0
     for found in copies.finds(layer, best, rng=rng, clock=clock) if copies.suits(layer) else ():
         runs += 1
+        if layer.rules is not None and not layer.rules.keeps(found):
+            continue
         if (judgement := judged(layer, found))[0] < value:
             best, (value, table) = found, judgement
-    for other in _others(layer, best, value[0] > 0, rng, clock):
+    for other in _others(layer, best, value[0] > 0, rng, clock) if layer.rules is None else ():
         if (judgement := judged(layer, other))[0] < value:
             best, (value, table) = other, judgement
     kept = placed if best is placed.slots else Placed(slots=best)
