@@ -10,6 +10,7 @@ Without a cap, each server's experts are arranged for few touched GPUs instead.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from placer.search import descend
 
 Slots = npt.NDArray[np.int32]
 
+TRIALS = 32  # that are judged for one step, when a GPU has to be relieved
 PARTS = 64  # of the trace, by sequence, at most
 LARGEST = 2.0**40  # of the integers that stand for products of loads
 
@@ -56,12 +58,13 @@ def on_gpus(layer: Layer, small: Layer, content: Ints, rng: np.random.Generator)
 def lightened(layer: Layer, slots: Slots) -> Slots:
     """Slots with less load above the caps, or as they are: experts leave GPUs above theirs, and copies make way.
 
-    An expert goes to a slot of its server that is empty or holds a copy, or a copy goes altogether: each time what
-    leaves the least load above the caps, by `Layer.expected_load`.
+    An expert goes to a slot of its server that is empty or holds a copy, or a copy goes altogether. Of the `TRIALS`
+    that seem best, where copies share load evenly, it is what leaves the least load above the caps, by
+    `Layer.expected_load`.
     """
     over = layer.above_caps(layer.expected_load(slots))
     while over > 0:
-        trials = list(_relieved(layer, slots))
+        trials = list(itertools.islice(_relieved(layer, slots), TRIALS))
         values = [layer.above_caps(layer.expected_load(trial)) for trial in trials]
         if min(values, default=over) >= over:
             break
@@ -70,24 +73,30 @@ def lightened(layer: Layer, slots: Slots) -> Slots:
 
 
 def _relieved(layer: Layer, slots: Slots) -> Iterator[Slots]:
-    """The ways to take one expert from a GPU above its cap."""
+    """The ways to take one expert from a GPU above its cap, those first that leave the least above caps there."""
     each, width = layer.slots_per_rank, layer.server_ranks * layer.slots_per_rank
     number = np.bincount(slots[slots >= 0], minlength=layer.num_experts)
     spare = np.where(slots < 0, True, number[slots] > 1)
-    hot = layer.expected_load(slots)[0] > layer.caps[0] - layer.idle(0)
-    for at in np.flatnonzero((slots >= 0) & np.repeat(hot, each)).tolist():
+    share = np.where(slots < 0, 0.0, (layer.load / np.maximum(number, 1))[slots])
+    heat = layer.expected_load(slots)[0] - (layer.caps[0] - layer.idle(0))  # above the cap
+    ways = []
+    for at in np.flatnonzero((slots >= 0) & np.repeat(heat > 0, each)).tolist():
+        left = max(0.0, float(heat[at // each] - share[at]))
+        if spare[at]:
+            ways.append((left, at, -1))
+        server = at // width * width
+        for to in (server + np.flatnonzero(spare[server : server + width])).tolist():
+            gpu = to // each
+            if slots[at] not in slots[gpu * each : (gpu + 1) * each]:
+                more = max(0.0, float(heat[gpu] + share[at] - share[to])) - max(0.0, float(heat[gpu]))
+                ways.append((left + more, at, to))
+    for _, at, to in sorted(ways):
         trial = slots.copy()
         trial[at] = -1
-        if spare[at]:
-            yield trial
-        begin = at // width * width
-        for to in range(begin, begin + width):
-            gpu = slots[to // each * each : (to // each + 1) * each]
-            if spare[to] and slots[at] not in gpu:
-                moved = trial.copy()
-                moved[to] = slots[at]
-                if layer.rules is None or layer.rules.keeps(moved):
-                    yield moved
+        if to >= 0:
+            trial[to] = slots[at]
+        if layer.rules is None or layer.rules.keeps(trial):
+            yield layer.in_order(trial)
 
 
 def part_loads(layer: Layer) -> Floats:

@@ -422,6 +422,12 @@ class Layer:
         occupant[occupant < 0] = np.arange(self.num_experts, self.num_slots)
         return occupant
 
+    def in_order(self, slots: Occupant) -> Occupant:
+        """A slot array, copies included, with the experts of every rank ascending and -1 last."""
+        rows = np.where(slots < 0, self.num_experts, slots).reshape(self.num_ranks, -1)
+        ordered = np.sort(rows, axis=1).ravel()
+        return np.where(ordered < self.num_experts, ordered, -1).astype(np.int32)
+
     def slots(self, occupant: Occupant) -> Occupant:
         """The slot array of an occupant array, in its canonical order.
 

@@ -66,7 +66,7 @@ def solve(
         placement stays as it is; `placer.certify` takes longer for a better bound.
     steady : bool
         After the search, swap experts between GPUs of one server so that the busiest GPU of every single step has less
-        to do (see `placer.steadiness`); the result says what that changed. For traces with steps, without copies.
+        to do (see `placer.steadiness`); the result says what that changed. For traces with steps.
     on_event : callable, optional
         Called with an `Event` whenever a layer is done.
     stop : threading.Event, optional
@@ -206,10 +206,12 @@ def _place(
             placed, table, cost, heat = replace(placed, slots=initial, notes=()), its, cheaper, cooler
     change = None
     if steady:
+        before = steadiness(layer, placed.slots, table)
         slots = steadied(layer, placed.slots)
-        change = steadiness(layer, placed.slots), steadiness(layer, slots)
-        placed = replace(placed, slots=slots)
-        (_, cost, heat), table = judged(layer, slots)
+        scores, its = judged(layer, slots)
+        if scores[0] <= excess:  # copies need not share load evenly, as the swaps take them to
+            placed, table, cost, heat = replace(placed, slots=slots), its, *scores[1:]
+        change = before, steadiness(layer, placed.slots, table)
     return _Done(
         index=layer.index,
         placed=replace(placed, table=table),
@@ -246,13 +248,13 @@ def usable(problem: Problem, name: str, initial: Placement | None = None) -> Met
     if problem.whole_groups and "pins" not in chosen.handles:
         raise InvalidInput(f"method {name} keeps no gate groups whole; {', '.join(handling('pins'))} do")
     if problem.load_model != "tokens":
-        _without_copies(problem, name, f"load model {problem.load_model}", initial)
+        _without_copies(problem, name, initial)
     return chosen
 
 
-def _without_copies(problem: Problem, name: str, what: str, initial: Placement | None) -> None:
-    """Refuse what is not defined for copies where there may be any."""
-    spare = problem.num_slots - problem.num_experts
+def _without_copies(problem: Problem, name: str, initial: Placement | None) -> None:
+    """Refuse a load model that is not defined for copies where there may be any."""
+    what, spare = f"load model {problem.load_model}", problem.num_slots - problem.num_experts
     if spare and problem.constraints is None and "copies" in method(name).handles:
         raise InvalidInput(
             f"{what} is not defined with copies: found {spare} spare slots, in which method {name} makes some; "
@@ -305,7 +307,7 @@ def _compile(chosen: Method, problem: Problem, stop: threading.Event | None, ste
     placed = chosen.place(toy, rng=np.random.default_rng(0), clock=Clock.start(rounds=1, stop=stop))
     judged(toy, placed.slots, placed.table)
     if steady:
-        steadied(toy, toy.slots(toy.linear()))
+        steadied(toy, placed.slots)
 
 
 def _toy_rules(positions: int, experts: int) -> Rules:

@@ -20,6 +20,7 @@ from placer.batches import uses_by_step
 from placer.errors import InvalidInput
 from placer.layer import Floats, Layer
 from placer.rules import Rules
+from placer.speeds import in_time
 
 Slots = npt.NDArray[np.int32]
 
@@ -45,8 +46,10 @@ class Steadiness:
     touched: float
 
 
-def steadiness(layer: Layer, slots: Slots) -> Steadiness:
+def steadiness(layer: Layer, slots: Slots, table: Slots | None = None) -> Steadiness:
     """The steadiness of a slot array; copies of an expert are taken to share its load evenly in every step.
+
+    `table` is that of the dispatch rule "table".
 
     Examples
     --------
@@ -61,15 +64,15 @@ def steadiness(layer: Layer, slots: Slots) -> Steadiness:
     ([0, 3, 1, 2], Steadiness(peaks=2.0, steps=2, touched=6.0))
     """
     held = _shares(layer, slots).reshape(layer.num_ranks, layer.slots_per_rank, -1)
-    gpus = held.sum(axis=1) / layer.unit_speeds(0)[:, None]
-    touched = layer.counts(slots).touched[0].sum()
+    gpus = in_time(held.sum(axis=1).T, layer.speeds, 1).T
+    touched = layer.counts(slots, table).touched[0].sum()
     return Steadiness(peaks=float(gpus.max(axis=0).sum()), steps=gpus.shape[1], touched=float(touched))
 
 
 def steadied(layer: Layer, slots: Slots) -> Slots:
     """Slots after swaps between GPUs of one server that lower the mean over steps of the busiest GPU's load.
 
-    What servers hold, load caps and rules are kept.
+    What servers hold and rules are kept, and load caps as far as copies share load evenly.
 
     Parameters
     ----------
@@ -130,10 +133,9 @@ def _tenants(layer: Layer, slots: Slots) -> Rules:
 
 def _ordered(layer: Layer, slots: Slots) -> Slots:
     """Slots in their canonical order; with copies, experts ascend within a GPU."""
-    if len(np.unique(held := slots[slots >= 0])) == len(held):
-        return layer.slots(layer.occupant(slots))
-    rows = np.sort(np.where(slots < 0, layer.num_experts, slots).reshape(layer.num_ranks, -1), axis=1)
-    return np.where(rows < layer.num_experts, rows, -1).ravel().astype(np.int32)
+    held = slots[slots >= 0]
+    single = len(np.unique(held)) == len(held)
+    return layer.slots(layer.occupant(slots)) if single else layer.in_order(slots)
 
 
 def _evenly(amount: Floats, slots: Slots) -> Floats:

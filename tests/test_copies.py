@@ -340,14 +340,15 @@ def test_without_crowding_some_arrangement_on_gpus_keeps_the_cap(
 ) -> None:
     row, idle, room, seat, loads, number, most = case
     assume(crowding(row, idle, room, seat, loads[:, None], number, most) == 0.0)
-    share = [loads[e] / number[e] for e in row[row >= 0].tolist()]
+    held = row[row >= 0].tolist()
+    share, ranks = [loads[e] / number[e] for e in held], range(len(room))
     assert any(
         all(
             gpus.count(r) <= room[r]
             and idle[r] + sum(x for x, gpu in zip(share, gpus, strict=True) if gpu == r) <= most + 1e-9
-            for r in range(len(room))
+            for r in ranks
         )
-        for gpus in product(range(len(room)), repeat=len(share))
+        for gpus in product(*([seat[e]] if seat[e] >= 0 else ranks for e in held))
     )
 
 

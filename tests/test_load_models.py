@@ -19,7 +19,7 @@ from instances import noisy_trace, problem
 from placer import Budget, Constraints, Model, Placement, Problem, Topology, Trace, evaluate, solve
 from placer.baseline import baseline_placement
 from placer.batches import activations, uses_by_step
-from placer.caps import raised
+from placer.caps import least_load, raised
 from placer.cli import main
 from placer.constraints import Apart, Free
 from placer.errors import InvalidInput
@@ -247,14 +247,18 @@ def test_what_is_not_defined_is_refused_in_one_line() -> None:
             solve(problem(bare, "1x4x1", **options), "tabu", steady=True)
         assert "\n" not in str(caught.value)
     copied = solve(problem(trace, "1x4x1", redundant=4), "eplb").placement
-    for options, steady in (({"load_model": "activated"}, False), ({}, True)):
-        posed = problem(trace, "1x4x1", redundant=4, **options)
-        with pytest.raises(InvalidInput, match=r"not defined with copies: found 4 spare slots"):
-            solve(posed, "auto", steady=steady)
+    posed = problem(trace, "1x4x1", redundant=4, load_model="activated")
+    for steady in (False, True):
+        for name in ("auto", "eplb"):
+            with pytest.raises(InvalidInput, match=r"not defined with copies: found 4 spare slots") as caught:
+                solve(posed, name, steady=steady)
+            assert "\n" not in str(caught.value)
         with pytest.raises(InvalidInput, match=r"not defined with copies: found some in the initial"):
             solve(posed, "tabu", initial=copied, steady=steady)
-        left = solve(posed, "tabu", budget=QUICK, steady=steady).placement
-        assert not left.has_copies
+        assert not solve(posed, "tabu", budget=QUICK, steady=steady).placement.has_copies
+    plain = problem(trace, "1x2x2", redundant=4)
+    assert solve(plain, "eplb", budget=QUICK, steady=True).placement.has_copies
+    assert not solve(plain, "tabu", budget=QUICK, steady=True).placement.has_copies
 
 
 # -- single steps ------------------------------------------------------------------------------------------
@@ -327,11 +331,12 @@ def test_what_steady_counts_has_the_name_of_what_caps_count() -> None:
     assert result.steady.keys() == {"activated_per_step.gpu.mean", "touched.gpu"}
 
 
-def test_gpus_of_different_speed_are_compared_with_contiguous_experts_without_copies() -> None:
+def test_gpus_of_different_speed_are_compared_with_the_same_contiguous_experts_and_copies() -> None:
     posed = problem(stepped(), "1x2x4", slots_per_gpu=3)
-    assert baseline_placement(posed).has_copies
-    uneven = replace(posed, topology=replace(posed.topology, gpu_speeds=(1.0, 2.0, 1.0, 1.0)))
-    assert not baseline_placement(uneven).has_copies
+    plain = baseline_placement(posed)
+    assert plain.has_copies
+    uneven = baseline_placement(at_speeds(posed, (1.0, 2.0, 1.0, 1.0)))
+    assert uneven.physical_to_logical.tolist() == plain.physical_to_logical.tolist()
 
 
 def test_solve_says_both_prices_as_the_evaluator_counts_them() -> None:
@@ -509,12 +514,128 @@ def test_equal_speeds_change_nothing() -> None:
     assert len(digests) == 1
 
 
-def test_speeds_and_copies_exclude_each_other() -> None:
-    trace = noisy_trace()
-    posed = at_speeds(problem(trace, "1x4x1", redundant=4), SPEEDS)
-    with pytest.raises(InvalidInput, match="gpu_speeds of dgx-h100 is not defined with copies"):
-        solve(posed, "auto")
-    assert not solve(posed, "tabu", budget=QUICK).placement.has_copies
+COPIED = {
+    "1x4x2": (1.0, 2.0) * 4,
+    "1x8x1": (1.0, 2.0, 1.0, 2.0, 1.0, 1.0, 2.0, 2.0),
+    "2x2x2": (1.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0, 2.0),
+}
+
+
+def shared(row: np.ndarray, load: list[int], units: int) -> list[float]:
+    """Load of every unit when copies share evenly."""
+    slots = row.tolist()
+    return [sum(load[e] / slots.count(e) for e in held if e >= 0) for held in row.reshape(units, -1).tolist()]
+
+
+def over_speeds(loads: Sequence[float], speeds: Sequence[float]) -> float:
+    """Largest load of a unit over its share of the speed."""
+    fast = np.array(speeds).reshape(len(loads), -1).sum(axis=1) / sum(speeds)
+    return float((np.array(loads) / fast).max()) / sum(loads)
+
+
+@pytest.mark.parametrize("shape", COPIED)
+@pytest.mark.parametrize(("rule", "most"), [("nearest", 1.1), ("table", 1.3), ("cover", 1.3)])
+def test_copies_keep_caps_over_speeds_and_cost_no_more_than_none(shape: str, rule: str, most: float) -> None:
+    twice = Budget(seconds=None, rounds=2)
+    speeds, trace = COPIED[shape], noisy_trace(num_experts=32, tokens=600, layers=1)
+    posed = at_speeds(problem(trace, shape, slots_per_gpu=5, max_load=most, replica_choice=rule), speeds)
+    result, single = (solve(posed, name, budget=twice) for name in ("auto", "tabu"))
+    row, units = result.placement.physical_to_logical[0], {"gpu": 8, "server": 8 if shape == "1x8x1" else 4}
+    assert result.placement.has_copies or rule == "table"
+    assert not single.placement.has_copies
+    assert result.caps_raised == []
+    assert result.objective <= single.objective * (1 + 1e-9)
+    report = evaluate(result.placement, trace, posed.topology)
+    assert (
+        report.remote["server"] <= evaluate(single.placement, trace, posed.topology).remote["server"] + 1e-9
+    )
+    for level, number in units.items():
+        assert report.load[level]["worst_layer"] <= most + 1e-6
+        if rule == "nearest" and shape != "2x2x2":
+            assert over_speeds(shared(row, counted(trace, 0), number), speeds) == pytest.approx(
+                report.load[level]["worst_layer"]
+            )
+    for held in row.reshape(8, -1).tolist():
+        assert len({e for e in held if e >= 0}) == sum(e >= 0 for e in held)
+    loads = np.array(shared(row, counted(trace, 0), 8))
+    assert loads[np.array(speeds) == 2.0].mean() > 1.2 * loads[np.array(speeds) == 1.0].mean()
+    again = solve(posed, "auto", budget=twice, jobs=2).placement
+    assert again.digest == result.placement.digest
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("shape", ["1x8x1", "2x2x2"])
+def test_least_load_with_copies_is_the_lighter_of_two_arrangements(seed: int, shape: str) -> None:
+    rng = np.random.default_rng(seed)
+    speeds = tuple(rng.choice([1.0, 2.0], 8).tolist()) if seed else (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.25)
+    trace = noisy_trace(tokens=300, layers=1, seed=seed)
+    posed = at_speeds(problem(trace, shape, slots_per_gpu=3, replica_choice="spread"), speeds)
+    layer, load = replace(posed.layer(0), copies=True), counted(trace, 0)
+    rows = [layer.slots(layer.reference), solve(posed, "eplb", budget=QUICK).placement.physical_to_logical[0]]
+    by_gpu = [over_speeds(shared(row, load, 8), speeds) for row in rows]
+    chosen = rows[int(by_gpu[1] < by_gpu[0])]
+    for level, ranks in enumerate(layer.unit_ranks):
+        units = 8 // ranks
+        expected = over_speeds(shared(chosen, load, units), speeds) * sum(load) / units
+        assert least_load(layer)[level] == pytest.approx(expected)
+
+
+def test_copies_make_caps_that_no_single_experts_could_keep() -> None:
+    # One expert takes all tokens: alone it fills a GPU, and copies bring a GPU as much as it is fast.
+    ids = np.zeros((64, 1, 1), np.int64)
+    ids[:8, 0, 0] = np.arange(8)
+    trace = Trace(topk_idx=ids, num_experts=8, sequence=np.arange(64) // 4)
+    posed = at_speeds(problem(trace, "1x4x1", slots_per_gpu=5, max_load=1.0), (1.0, 1.0, 1.0, 2.0))
+    layer = posed.layer(0)
+    bare, copied = least_load(layer), least_load(replace(layer, copies=True))
+    assert bare[0] >= 57 / 1.6 - 1e-9
+    assert copied[0] < bare[0]
+
+
+def test_a_report_with_copies_counts_load_and_seconds_in_time() -> None:
+    trace, speeds = stepped(layers=1), (1.0, 2.0, 2.0, 1.0)
+    row = np.array([*range(8), 8, 9, 10, 0, 1, 2, 11, 12, 13, 14, 15, 0, 1, 3, 4, 5])
+    copied = Placement(physical_to_logical=row[None], num_experts=16, shape=(1, 4, 1))
+    model = replace(Model.named("olmoe-1b-7b"), num_experts=16)
+    machine = Topology.load("dgx-h100").with_shape("1x4x1")
+    uneven = replace(machine, gpu_speeds=speeds)
+    slots = row.reshape(4, -1)
+    load = [0.0] * 4
+    for expert, tokens in enumerate(counted(trace, 0)):  # a home that holds it serves itself
+        holders = [g for g in range(4) if expert in slots[g]]
+        for home in range(4):
+            for gpu in [home] if home in holders else holders:
+                load[gpu] += tokens / 4 / (1 if home in holders else len(holders))
+    found, plain = (
+        evaluate(copied, trace, each, model=model, tokens_per_gpu=2**20) for each in (uneven, machine)
+    )
+    assert found.load["gpu"]["worst_layer"] == pytest.approx(over_speeds(load, speeds))
+    assert plain.load["gpu"]["worst_layer"] == pytest.approx(max(load) * 4 / sum(load))
+    slowed = max(h / v for h, v in zip(load, speeds, strict=True)) / max(load)
+    assert found.seconds["compute"] == pytest.approx(slowed * plain.seconds["compute"], rel=1e-3)
+    assert found.seconds["dispatch"] == plain.seconds["dispatch"]
+    assert found.load_per_step is not None
+    expected = []
+    for step in used(trace, 0).values():
+        heat = [sum((e in slots[g]) / (row == e).sum() for ids in step for e in ids) for g in range(4)]
+        expected.append(over_speeds(heat, speeds))
+    assert found.load_per_step["gpu"]["mean"] == pytest.approx(np.mean(expected))
+
+
+@pytest.mark.parametrize("seed", [3, 11])
+def test_copies_that_make_way_leave_no_empty_slot_before_a_held_one(seed: int) -> None:
+    trace = noisy_trace(num_experts=32, tokens=400, layers=1, seed=seed % 3)
+    posed = at_speeds(problem(trace, "1x4x2", slots_per_gpu=5, max_load=1.1), (1.0, 2.0))
+    result = solve(posed, "auto", budget=QUICK, seed=seed)
+    assert posed.layer(0).score(result.placement.physical_to_logical[0])[0] == 0.0
+
+
+def test_equal_speeds_change_nothing_with_copies() -> None:
+    posed = problem(noisy_trace(layers=1), "2x2x2", slots_per_gpu=3, max_load=1.1)
+    digests = {
+        solve(each, "auto", budget=QUICK).placement.digest for each in (posed, at_speeds(posed, (2.0, 2.0)))
+    }
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize(

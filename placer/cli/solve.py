@@ -85,9 +85,7 @@ where pins.toml holds any number of these (layers = [0, 1] narrows each to some 
     help="Copies over all layers, at most, shared out where they pay most; instead of --redundant. Several numbers of "
     "slots a GPU are tried, which share the time.",
 )
-@options.constraints(
-    "A TOML file that says where experts may stand; an example is below. No copies are made then."
-)
+@options.constraints("A TOML file that says where experts may stand, copies included; an example is below.")
 @click.option(
     "--whole-groups",
     is_flag=True,

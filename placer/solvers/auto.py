@@ -32,7 +32,8 @@ NEAR = 1.05  # copies of other methods are judged unless a sample of tokens cost
 NO_TIME = "time ran out before copies were searched for: a longer --time-limit finds better ones"
 NONE_FOUND = "spare slots stay empty: no copies were found that cost less within the caps"
 SPARE_UNUSED = (
-    "spare slots stay empty: copies within constraints take a trace, load in tokens and at most 64 servers"
+    "spare slots stay empty: copies within constraints take a trace, load in tokens, and 2 to 64 servers "
+    "(or GPUs of one)"
 )
 
 
