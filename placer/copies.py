@@ -2,11 +2,11 @@
 
 Idea: what servers hold is annealed as a whole: swaps of two experts, and other experts in slots that are empty or
 hold a copy. The cost is exact for the dispatch rule, touched servers other than the home's, plus penalties: for load
-above the caps, and for the variance of a server's load on unseen tokens, estimated from parts of the trace, because
-experts that are used together are hot together. Copies share load evenly in the search, or under ``cover`` as its
-kernel counts them, put right from chunk to chunk by what the rule really does. No move takes an expert where the
-layer's rules do not let it stand. Each server's experts are then arranged on its GPUs (`placer.gpus`). Runs get longer
-from one to the next, and each starts hot.
+above the caps, and for the variance of load on unseen tokens, estimated from parts of the trace: of servers, because
+experts that are used together are hot together, and of single experts, because copies divide it. Copies share load
+evenly in the search, or under ``cover`` as its kernel counts them, put right from chunk to chunk by what the rule
+really does. No move takes an expert where the layer's rules do not let it stand. Each server's experts are then
+arranged on its GPUs (`placer.gpus`). Runs get longer from one to the next, and each starts hot.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ HOT, COLD = 0.12, 2.4e-3  # temperatures: touched units, as a share of the token
 CHOICE = 4  # moves drawn at a time, of which the best by pairs is tried
 PENALTY, STEEPER, FLATTER = 1.0, 1.5, 1.2  # touched units for a token above a cap, and how that is adapted
 STEEPEST, FLATTEST = 3.0, 0.3
+TOGETHER, ALONE = (
+    0.25,
+    5.0,
+)  # prices of variance: see below; chosen on quarters of traces, scored on other quarters
 HEADROOM = 0.01  # over the mean, at least, that a cap is taken to leave
 LIGHT = 0.1  # quantile of the load of experts that are put beside a hot one
 BIASED = 4  # chunks after which load is put right under `cover`
@@ -245,18 +249,23 @@ def _loads(layer: Layer) -> Floats:
     return np.ascontiguousarray(np.vstack([layer.load, parts]).T)
 
 
-def _price_of_unevenness(layer: Layer, units: int, parts: int) -> float:
-    """Touched units for a squared token of the parts' loads.
+def _prices_of_variance(layer: Layer, loads: Floats, units: int) -> tuple[float, Floats]:
+    """Touched units for a squared token of the parts' loads of units, and for each expert while it stands alone.
 
     Unseen load varies by twice the variance of the mean of parts: once as they were fitted, once as they are scored.
-    Its price rises with its deviation, up to that of a token above the cap where the deviation is as large as the
-    headroom that the cap leaves.
+    The price of that of a unit rises with its deviation, up to `TOGETHER` times that of a token above the cap where
+    the deviation is as large as the headroom that the cap leaves; and `ALONE` times for the part of a GPU's variance
+    that copies divide, that of its single experts.
     """
-    if layer.max_load is None or parts < 2:
-        return 0.0
-    mean = float(layer.load.sum()) / units
-    variance = 2.0 / (parts * (parts - 1))
-    return 0.5 * PENALTY * variance / (max(HEADROOM, layer.max_load - 1.0) * mean)
+    parts = loads[:, 1:]
+    number = parts.shape[1]
+    if layer.max_load is None or number < 2:
+        return 0.0, np.zeros(len(loads))
+    headroom, total = max(HEADROOM, layer.max_load - 1.0), float(layer.load.sum())
+    squared = 0.5 * PENALTY * 2.0 / (number * (number - 1))  # for the sum over parts
+    deviations = ((parts - parts.mean(axis=1, keepdims=True)) ** 2).sum(axis=1)
+    alone: Floats = ALONE * squared * deviations / (headroom * total / layer.num_ranks)
+    return TOGETHER * squared / (headroom * total / units), alone
 
 
 def _anneal(
@@ -279,6 +288,7 @@ def _anneal(
 
     seen_load = float(seen.load.sum())
     share = seen_load / float(layer.load.sum())
+    uneven, alone = _prices_of_variance(layer, loads, len(content))
     _, over, crowd, load = anneal_copies(
         RULES["nearest" if layer.rule == "table" else layer.rule],
         content,
@@ -293,7 +303,8 @@ def _anneal(
         machine.seat,
         WITHIN * float(layer.caps[0]) * share,
         penalty,
-        _price_of_unevenness(layer, len(content), loads.shape[1] - 1) / share,
+        uneven / share,
+        alone * share,
         heat[0] * seen_load / layer.num_experts,
         heat[1] * seen_load / layer.num_experts,
         draws,

@@ -27,6 +27,7 @@ Slots = npt.NDArray[np.int32]
 
 TRIALS = 32  # that are judged for one step, when a GPU has to be relieved
 PARTS = 64  # of the trace, by sequence, at most
+FEW = 8  # sequences that say less about the variance of load than `PARTS` stretches of tokens
 LARGEST = 2.0**40  # of the integers that stand for products of loads
 
 
@@ -106,10 +107,10 @@ def part_loads(layer: Layer) -> Floats:
     """
     tokens = layer.tokens
     keys = np.zeros(0) if layer.key is None else np.unique(layer.key)
-    if layer.key is None or len(keys) < PARTS:
+    if layer.key is None or len(keys) < FEW:
         part = np.arange(len(tokens)) * PARTS // max(1, len(tokens))
     else:
-        part = np.searchsorted(keys, layer.key) * PARTS // len(keys)
+        part = np.searchsorted(keys, layer.key) * min(PARTS, len(keys)) // len(keys)
     row, at = np.nonzero(tokens >= 0)
     flat = part[row] * layer.num_experts + tokens[row, at]
     loads = np.bincount(flat, minlength=PARTS * layer.num_experts).reshape(PARTS, -1).astype(np.float64)

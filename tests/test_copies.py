@@ -363,7 +363,9 @@ class Annealed:
     loads: Floats
     bias: Floats
     caps: tuple[float, Floats, Ints, Ints, float]  # of a unit, what GPUs begin with, slots, seats, of a GPU
-    prices: tuple[float, float]
+    prices: tuple[
+        float, float, Floats
+    ]  # of a token above a cap, of a squared one, of experts that stand alone
     draws: Floats
     before: Ints
     after: Ints
@@ -398,10 +400,11 @@ class Annealed:
         return plain_unevenness(even_loads(content, self.loads))
 
     def value(self, content: Ints) -> float:
-        """What the search makes small: touched units, priced load above the caps, priced unevenness."""
-        penalty, uneven = self.prices
+        """What the search makes small: touched units, load above the caps, unevenness and lone experts, priced."""
+        penalty, uneven, alone = self.prices
+        lone = float((alone / np.bincount(content[content >= 0], minlength=len(alone))).sum())
         over = self.excess(content) + self.crowding(content)
-        return self.remote(content) + penalty * over + uneven * self.unevenness(content)
+        return self.remote(content) + penalty * over + uneven * self.unevenness(content) + lone
 
 
 def start_of(experts: int, units: int, slots: int, copied: int, rng: np.random.Generator) -> Ints:
@@ -424,6 +427,7 @@ def annealed(
     penalty: float = 1.0,
     parts: int = 0,
     uneven: float = 0.0,
+    alone: float = 0.0,
     hot: float = 3.0,
     cold: float = 0.1,
     steps: int = 1500,
@@ -437,7 +441,8 @@ def annealed(
 ) -> Annealed:
     """One call on 120 tokens; `cap` and `bias` are loads over the mean of a unit, `most` over that of a GPU.
 
-    `parts` are tokens in a row, `uneven` is the price of a squared token times the mean load of a unit.
+    `parts` are tokens in a row, `uneven` is the price of a squared token times the mean load of a unit,
+    `alone` what experts cost that stand alone, over their load, the odd ones twice that.
     """
     rng = np.random.default_rng(seed)
     before = start_of(experts, units, slots, copied, rng)
@@ -450,7 +455,8 @@ def annealed(
     added[: len(bias)] = bias
     draws = rng.random((steps, 2 + 2 * choices))
     gpus = np.zeros((units, ranks)), np.full((units, ranks), slots // ranks), np.full(experts, -1)
-    caps, prices = (cap * mean, *gpus, most * mean / ranks), (penalty, uneven / mean)
+    caps = (cap * mean, *gpus, most * mean / ranks)
+    prices = (penalty, uneven / mean, alone * loads[:, 0] * (1 + np.arange(experts) % 2))
     cost, over, crowd, load = anneal_copies(
         RULES[rule],
         after,
@@ -623,6 +629,19 @@ def test_a_price_for_unevenness_evens_out_the_parts_of_the_trace(rule: str) -> N
     assert np.mean([run.cost for run in priced]) > np.mean([run.cost for run in free])
 
 
+@pytest.mark.parametrize("rule", list(RULES))
+def test_a_price_for_experts_that_stand_alone_gives_the_dear_ones_the_copies(rule: str) -> None:
+    """Dear are the hot ones, in the mean of seeds; traffic pays for it."""
+    free, priced = ([annealed(rule, seed=seed, alone=alone) for seed in range(6)] for alone in (0.0, 20.0))
+
+    def lone(run: Annealed) -> float:
+        number = np.bincount(run.after[run.after >= 0], minlength=len(run.loads))
+        return float((run.loads[:, 0] / number).sum() / run.loads[:, 0].sum())
+
+    assert np.mean([lone(run) for run in priced]) < 0.95 * np.mean([lone(run) for run in free])
+    assert np.mean([run.cost for run in priced]) > np.mean([run.cost for run in free])
+
+
 @settings(max_examples=15, deadline=None)
 @given(rule=st.sampled_from(list(RULES)), seed=st.integers(0, 99))
 def test_the_same_draws_give_the_same_content(rule: str, seed: int) -> None:
@@ -642,6 +661,7 @@ def test_the_same_draws_give_the_same_content(rule: str, seed: int) -> None:
     most=st.sampled_from([0.9, 1.1, np.inf]),
     penalty=st.sampled_from([0.0, 0.5, 5.0]),
     uneven=st.sampled_from([0.0, 1.0, 20.0]),
+    alone=st.sampled_from([0.0, 0.5, 5.0]),
     bias=st.sampled_from([(), (0.2, -0.1)]),
 )
 def test_a_cold_search_never_ends_worse_than_it_began(
@@ -653,6 +673,7 @@ def test_a_cold_search_never_ends_worse_than_it_began(
     most: float,
     penalty: float,
     uneven: float,
+    alone: float,
     bias: tuple[float, ...],
 ) -> None:
     run = annealed(
@@ -665,6 +686,7 @@ def test_a_cold_search_never_ends_worse_than_it_began(
         penalty=penalty,
         parts=4,
         uneven=uneven,
+        alone=alone,
         bias=bias,
         hot=1e-12,
         cold=1e-12,
@@ -688,6 +710,7 @@ def test_a_cold_search_ends_where_no_move_gains(rule: str) -> None:
             penalty=2.0,
             parts=4,
             uneven=3.0,
+            alone=0.3,
             hot=1e-12,
             cold=1e-12,
         )
@@ -761,6 +784,7 @@ def test_a_move_is_taken_where_it_gains_and_only_there(rule: str) -> None:
             penalty=2.0,
             parts=4,
             uneven=0.5,
+            alone=0.1,
             hot=1e-12,
             cold=1e-12,
         )
@@ -1140,10 +1164,10 @@ def test_auto_exceeds_no_cap_by_more_than_eplb(
     assert over == 0.0 or rule == "cover"
 
 
-def topics(seed: int) -> Trace:
+def topics(seed: int, sequences: int) -> Trace:
     """Sequences of twelve tokens, of a topic each that uses one half of the 16 experts, three a token."""
     rng = np.random.default_rng(seed)
-    topic = np.repeat(rng.permutation(np.arange(160) % 2), 12)
+    topic = np.repeat(rng.permutation(np.arange(sequences) % 2), 12)
     taste = np.where(np.arange(16) // 8 == topic[:, None], 6.0, 0.0) + rng.gumbel(size=(len(topic), 16))
     return Trace(
         topk_idx=np.argsort(-taste, axis=1)[:, None, :3].astype(np.int16),
@@ -1152,12 +1176,42 @@ def topics(seed: int) -> Trace:
     )
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    sequences=st.sampled_from([8, 30, 64, 150]),
+    cap=st.sampled_from([1.0, 1.05, 1.3]),
+    gpus=st.sampled_from([1, 2]),
+)
+def test_prices_of_variance_are_those_of_unseen_load(
+    seed: int, sequences: int, cap: float, gpus: int
+) -> None:
+    """By a mean square: fitting and scoring err alike, each by the mean of so many parts."""
+    layer = problem(topics(seed, sequences), f"1x4x{gpus}", slots_per_gpu=8 // gpus, max_load=cap).layer(0)
+    loads = copies._loads(layer)
+    uneven, alone = copies._prices_of_variance(layer, loads, 4)
+    parts = loads[:, 1:].T
+    headroom, mean = max(0.01, cap - 1.0), layer.load.sum() / 4
+    held = np.arange(16).reshape(
+        4, 4
+    )  # of any unit the variance of its load, from that of its experts in parts
+    squares = ((parts[:, held].sum(axis=2) - parts[:, held].sum(axis=2).mean(axis=0)) ** 2).sum()
+    variances = 2.0 * parts[:, held].sum(axis=2).var(axis=0, ddof=1).sum() / len(parts)
+    assert uneven * squares == pytest.approx(copies.TOGETHER * 0.5 * variances / (headroom * mean))
+    each = 2.0 * parts.var(axis=0, ddof=1) / len(parts)
+    assert alone == pytest.approx(copies.ALONE * 0.5 * each / (headroom * mean / gpus))
+    free, nothing = copies._prices_of_variance(replace(layer, max_load=None), loads, 4)
+    assert free == 0.0
+    assert not nothing.any()
+
+
 @pytest.mark.parametrize("rule", [*RULES, "table"])
 def test_parts_of_the_trace_even_out_the_load_of_unseen_sequences(
     rule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     posed, unseen = (
-        problem(topics(seed), "1x4x2", slots_per_gpu=3, max_load=1.02, replica_choice=rule) for seed in (0, 1)
+        problem(topics(*made), "1x4x2", slots_per_gpu=3, max_load=1.02, replica_choice=rule)
+        for made in ((0, 40), (1, 160))
     )
     layer, other = replace(posed.layer(0), copies=True), unseen.layer(0)
     variance, remote = [], []

@@ -176,6 +176,7 @@ def anneal_copies(
     most,
     penalty,
     uneven,
+    alone,
     hot,
     cold,
     draws,
@@ -210,6 +211,8 @@ def anneal_copies(
         As `cap` for the load of a GPU; no expert loses the copies that it needs to stay below.
     penalty, uneven : float
         Touched units that a token above a cap costs, and that a squared token of `unevenness` costs.
+    alone : (E,) float64
+        Touched units that an expert costs which stands alone; with n copies it costs 1/n of them.
     hot, cold : float
         First and last temperature, in touched units.
     draws : (steps, 2 + 2 n) float64
@@ -292,6 +295,12 @@ def anneal_copies(
         trial[:] = unit_load
         for g in (e, f):
             spread_load(g, -1.0, load, where, number, trial)
+        lonelier = 0.0
+        if v < 0:
+            if e >= 0:
+                lonelier += alone[e] / (number[e] - 1) - alone[e] / number[e]
+            if f >= 0:
+                lonelier += alone[f] / (number[f] + 1) - alone[f] / number[f]
         exchange(e, u, f, v, where, number)
         content[u, i] = f
         if v >= 0:
@@ -310,7 +319,7 @@ def anneal_copies(
         heated = -np.log(1.0 - draws[step, 1]) * hot * (cold / hot) ** (step / steps)
         if rule == 2 and over > 0.0:  # copies share evenly by and large only: what helps must not be missed
             now = 0.0
-        heated -= penalty * heat + uneven * (spread_now - spread)
+        heated -= penalty * heat + uneven * (spread_now - spread) + lonelier
         bearable = (heated - penalty * (now - over)) * units  # a change above it is refused
         change, refused = 0.0, False
         for glance in range(len(GLANCES)):
