@@ -13,6 +13,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from placer.errors import NoPlacement
 from placer.layer import Floats, Ints, Layer
 from placer.rules import Rules, feasible
 from placer.search import descend
+from placer.tables import fitted_table
 
 Slots = npt.NDArray[np.int32]
 
+SEEN = 25_000  # distinct expert sets that say what falls to each server, where that is not an even share
 TRIALS = 32  # that are judged for one step, when a GPU has to be relieved
 PARTS = 64  # of the trace, by sequence, at most
 FEW = 8  # sequences that say less about the variance of load than `PARTS` stretches of tokens
@@ -48,12 +51,37 @@ def on_gpus(layer: Layer, small: Layer, content: Ints, rng: np.random.Generator)
     (num_slots,) int32
         Experts ascend within a GPU, -1 last. Rules are kept where an arrangement that keeps them is found.
     """
-    held = np.maximum(np.bincount(content[content >= 0], minlength=layer.num_experts), 1)
-    parts = part_loads(layer) / held
-    ranks = content.shape[1] // layer.slots_per_rank
+    parts, shares = part_loads(layer), _shares(layer, content)
     return np.concatenate(
-        [_arranged(layer, small, unit, row, parts, held, ranks, rng) for unit, row in enumerate(content)]
+        [_arranged(layer, small, unit, row, parts, shares[unit], rng) for unit, row in enumerate(content)]
     )
+
+
+def _shares(layer: Layer, content: Ints) -> Floats:
+    """How much of each expert's load falls to each server, (num_servers, num_experts), by the dispatch rule."""
+    servers, width = content.shape
+    shares = np.zeros((servers, layer.num_experts))
+    at = np.nonzero(content >= 0)
+    expert = content[at]
+    if layer.rule not in ("table", "cover"):
+        shares[at[0], expert] = (1.0 / np.maximum(np.bincount(expert, minlength=layer.num_experts), 1))[
+            expert
+        ]
+        return shares
+    seen = layer.sample(SEEN)
+    single = replace(
+        seen,
+        num_ranks=content.size,
+        slots_per_rank=1,
+        unit_ranks=(1, width),
+        server_ranks=width,
+        seconds=(0.0, 0.0),
+    )
+    slots = np.where(content < 0, -1, content).ravel().astype(np.int32)
+    table = fitted_table(layer, slots) if layer.rule == "table" else None
+    load = single.counts(slots, table).load[0].reshape(servers, width)
+    shares[at[0], expert] = load[at] / np.maximum(seen.load, 1)[expert]
+    return shares
 
 
 def lightened(layer: Layer, slots: Slots) -> Slots:
@@ -61,25 +89,38 @@ def lightened(layer: Layer, slots: Slots) -> Slots:
 
     An expert goes to a slot of its server that is empty or holds a copy, or a copy goes altogether. Of the `TRIALS`
     that seem best, where copies share load evenly, it is what leaves the least load above the caps, by
-    `Layer.expected_load`.
+    `Layer.expected_load`; what the dispatch rule really adds to that is taken not to change.
     """
-    over = layer.above_caps(layer.expected_load(slots))
+    added = _unevenly_shared(layer, slots)
+    over = layer.above_caps(layer.expected_load(slots) + added)
     while over > 0:
-        trials = list(itertools.islice(_relieved(layer, slots), TRIALS))
-        values = [layer.above_caps(layer.expected_load(trial)) for trial in trials]
+        trials = list(itertools.islice(_relieved(layer, slots, added[0]), TRIALS))
+        values = [layer.above_caps(layer.expected_load(trial) + added) for trial in trials]
         if min(values, default=over) >= over:
             break
         slots, over = trials[int(np.argmin(values))], min(values)
     return slots
 
 
-def _relieved(layer: Layer, slots: Slots) -> Iterator[Slots]:
-    """The ways to take one expert from a GPU above its cap, those first that leave the least above caps there."""
+def _unevenly_shared(layer: Layer, slots: Slots) -> Floats:
+    """What the load of units, (num_levels, num_ranks), is beyond `Layer.expected_load`, tables fitted to the slots."""
+    expected = layer.expected_load(slots)
+    if layer.rule not in ("table", "cover"):
+        return np.zeros_like(expected)
+    table = fitted_table(layer, slots) if layer.rule == "table" else None
+    return layer.counts(slots, table).load - expected
+
+
+def _relieved(layer: Layer, slots: Slots, added: Floats) -> Iterator[Slots]:
+    """The ways to take one expert from a GPU above its cap, those first that leave the least above caps there.
+
+    `added` (num_ranks,) is load beyond the expected one.
+    """
     each, width = layer.slots_per_rank, layer.server_ranks * layer.slots_per_rank
     number = np.bincount(slots[slots >= 0], minlength=layer.num_experts)
     spare = np.where(slots < 0, True, number[slots] > 1)
     share = np.where(slots < 0, 0.0, (layer.load / np.maximum(number, 1))[slots])
-    heat = layer.expected_load(slots)[0] - (layer.caps[0] - layer.idle(0))  # above the cap
+    heat = layer.expected_load(slots)[0] + added - (layer.caps[0] - layer.idle(0))  # above the cap
     ways = []
     for at in np.flatnonzero((slots >= 0) & np.repeat(heat > 0, each)).tolist():
         left = max(0.0, float(heat[at // each] - share[at]))
@@ -142,15 +183,15 @@ def _arranged(
     server: int,
     row: Ints,
     parts: Floats,
-    held: Ints,
-    ranks: int,
+    share: Floats,
     rng: np.random.Generator,
 ) -> Slots:
-    """The experts of one server on its `ranks` GPUs."""
+    """The experts of one server, to which falls such a share of the load of each, on its GPUs."""
+    ranks = len(row) // layer.slots_per_rank
     members = np.sort(row[row >= 0])
     if len(members) == 0:
         return np.full(len(row), -1, np.int32)
-    heat = (layer.load / held)[members]
+    heat = (layer.load * share)[members]
     rules = None if layer.rules is None else _rules_within(layer.rules, layer, server, members)
     mine = slice(server * ranks, (server + 1) * ranks)
     used = np.ones(ranks, bool) if rules is None else ~rules.shut.reshape(ranks, -1).all(axis=1)
@@ -163,7 +204,7 @@ def _arranged(
     place = np.full(layer.num_experts + 1, -1, np.int32)  # the last one is for -1
     place[members] = np.arange(len(members))
     topk = place[small.tokens]
-    product = together(heat, parts[:, members])
+    product = together(heat, (parts * share)[:, members])
     np.fill_diagonal(product, 0.0)
     part = Layer(
         index=layer.index,

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from placer import Trace, gpus
 from placer.layer import Layer
+from placer.tables import fitted_table
 from tests.instances import problem
 
 Ints = npt.NDArray[np.int64]
@@ -352,3 +353,26 @@ def test_what_gpus_tokens_touch_is_learnt_from_the_sample() -> None:
     for small, pairs in ((layer, [{0, 1}, {2, 3}]), (sample, [{0, 2}, {1, 3}])):
         found = gpus.on_gpus(layer, small, content, np.random.default_rng(0)).reshape(2, 2).tolist()
         assert [set(gpu) for gpu in sorted(map(sorted, found))] == pairs
+
+
+# -- what falls to servers ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 999), rule=st.sampled_from(["nearest", "spread", "table", "cover"]))
+def test_what_falls_to_servers_of_each_expert_is_what_the_evaluator_counts(seed: int, rule: str) -> None:
+    """Expert by expert: of tokens that use only one, every load of a server is a share of that expert's."""
+    rng = np.random.default_rng(seed)
+    content = np.full((3, 4), -1)
+    for unit in range(3):
+        copied = rng.choice([e for e in range(6) if e % 3 != unit], rng.integers(0, 3), replace=False)
+        content[unit, : 2 + len(copied)] = [unit, unit + 3, *copied]
+    topk = np.argsort(rng.gumbel(size=(200, 6)), axis=1)[:, :2]
+    layer = replace(layer_of(topk, 6, "1x3x2", 2), rule=rule)
+    shares = gpus._shares(layer, content)
+    assert shares.sum(axis=0) == pytest.approx(np.ones(6))
+    assert not shares[[[e not in row for e in range(6)] for row in content.tolist()]].any()
+    slots = np.where(content < 0, -1, content).ravel().astype(np.int32)
+    table = fitted_table(layer, slots) if rule == "table" else None
+    loads = layer.counts(slots, table).load[1][:3]
+    assert shares @ layer.load == pytest.approx(loads)
