@@ -7,7 +7,7 @@ sequences and scored on the others, at the same number of spare slots. Writes a 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Case:
     redundant: int
     rules: tuple[str, ...] = ("nearest",)
     share: float = 0.5  # of the sequences that are fitted
+    swapped: bool = False  # whether the other part is fitted
     max_load: float | None = 1.05
     seconds: float = 60
 
@@ -48,27 +49,26 @@ GPT_OSS = instances.Source(file="gptoss-20b-decode-even.npz", tokens=55_314)
 TINY = instances.Source(file="traces/tinymoe.npz", tokens=107_520)
 DSV3 = instances.Source(synth="dsv3-like", layers=4, tokens=100_000)
 
+BESIDE_EPLB = (
+    Case(name="OLMoE 1x8x2 + 16", source=OLMOE, shape="1x8x2", redundant=16, max_load=1.02),
+    Case(name="gpt-oss 1x4x2 + 8", source=GPT_OSS, shape="1x4x2", redundant=8, max_load=1.02),
+    Case(name="tiny MoE 1x8x2 + 16", source=TINY, shape="1x8x2", redundant=16, max_load=1.02),
+    Case(name="dsv3-like 1x32x2 + 64", source=DSV3, shape="1x32x2", redundant=64, max_load=1.02),
+)
+RULES = ("nearest", "table", "cover")
 CASES = (
     Case(
-        name="OLMoE 1x8x1 + 8",
-        source=OLMOE,
-        shape="1x8x1",
-        redundant=8,
-        rules=("nearest", "table", "cover"),
-        share=0.8,
-        seconds=120,
+        name="OLMoE 1x8x1 + 8", source=OLMOE, shape="1x8x1", redundant=8, rules=RULES, share=0.8, seconds=120
     ),
-    Case(name="OLMoE 1x8x2 + 16", source=OLMOE, shape="1x8x2", redundant=16, max_load=1.02, seconds=60),
-    Case(name="OLMoE 1x8x2 + 16, cap 1", source=OLMOE, shape="1x8x2", redundant=16, max_load=1.0, seconds=60),
-    Case(name="gpt-oss 1x4x2 + 8", source=GPT_OSS, shape="1x4x2", redundant=8, max_load=1.02, seconds=60),
-    Case(name="tiny MoE 1x8x2 + 16", source=TINY, shape="1x8x2", redundant=16, max_load=1.02, seconds=60),
-    Case(name="dsv3-like 1x32x2 + 64", source=DSV3, shape="1x32x2", redundant=64, max_load=1.02, seconds=60),
+    Case(name="OLMoE 1x8x1 + 8, halves", source=OLMOE, shape="1x8x1", redundant=8, rules=RULES),
+    *BESIDE_EPLB,
+    *(replace(case, name=f"{case.name}, swapped", swapped=True) for case in BESIDE_EPLB[:3]),
 )
 
 
 def rows(case: Case, trace: Trace, jobs: int) -> Iterator[tuple[str, ...]]:
     """Cells of the rows of a case, after its name: no copies, then `eplb`, `greedy` and `auto` for every rule."""
-    fit, unseen = trace.split(case.share)
+    fit, unseen = trace.split(case.share)[:: -1 if case.swapped else 1]
     machine = Topology.load("dgx-h100").with_shape(case.shape)
     for rule, method, redundant in (
         (case.rules[0], "auto", 0),
