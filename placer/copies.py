@@ -41,6 +41,9 @@ TOGETHER, ALONE = (
     0.25,
     5.0,
 )  # prices of variance: see below; chosen on quarters of traces, scored on other quarters
+BOLDER = (
+    0.125  # of these prices are left after a run that found nothing cheaper than a placement without copies
+)
 HEADROOM = 0.01  # over the mean, at least, that a cap is taken to leave
 LIGHT = 0.1  # quantile of the load of experts that are put beside a hot one
 BIASED = 4  # chunks after which load is put right under `cover`
@@ -77,16 +80,22 @@ def finds(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock)
     """
     small = layer.sample(SAMPLE)
     machine = _Machine.of(layer)
-    runs, moves = 0, MOVES * layer.num_slots
+    runs, moves, risk, cheaper = 0, MOVES * layer.num_slots, 1.0, False
     while clock.allows(runs) and (clock.rounds is not None or runs < RUNS) and moves > MOVES:
         begun = time.monotonic()
-        content = _annealed(layer, small, machine, machine.content(slots), moves, rng, clock)
+        content = _annealed(layer, small, machine, machine.content(slots), risk, moves, rng, clock)
         if content is None:
             return
         runs += 1
         found = _on_gpus(layer, small, content, rng)
         lighter = lightened(layer, found)
-        yield found if lighter is found else min((found, lighter), key=lambda slots: judged(layer, slots)[0])
+        found = (
+            found if lighter is found else min((found, lighter), key=lambda slots: judged(layer, slots)[0])
+        )
+        yield found
+        if not cheaper:  # copies that only even out load are of no use beside a placement that keeps the caps
+            cheaper = judged(layer, found)[0] < judged(layer, slots)[0]
+            risk *= 1.0 if cheaper else BOLDER
         longer = float(LONGER)
         if clock.rounds is None:  # else the same rounds are the same work
             longer = min(longer, FITTING * clock.remaining / max(1e-3, time.monotonic() - begun))
@@ -193,13 +202,19 @@ def _annealed(
     small: Layer,
     machine: _Machine,
     start: Ints,
+    risk: float,
     moves: int,
     rng: np.random.Generator,
     clock: Clock,
 ) -> Ints | None:
-    """What servers hold after one run; None where the clock ran out before all tokens were seen."""
+    """What servers hold after one run; None where the clock ran out before all tokens were seen.
+
+    `risk` times the prices of variance are taken.
+    """
     content = _shared(layer, machine, start)
     loads, penalty, bias = _loads(layer), PENALTY, np.zeros(len(content))
+    uneven, alone = _prices_of_variance(layer, loads, len(content))
+    prices = risk * uneven, risk * alone
     begun = time.monotonic()
     for chunk in range(CHUNKS + REPAIRS):
         if clock.expired:
@@ -210,7 +225,9 @@ def _annealed(
         seen = small if chunk < CHUNKS - FINAL else layer
         hot, cold = (HOT * (COLD / HOT) ** (min(x, CHUNKS) / CHUNKS) for x in (chunk, chunk + 1))
         draws = rng.random((moves, 2 + 2 * CHOICE))
-        over, crowd, load = _anneal(layer, seen, machine, content, loads, bias, penalty, (hot, cold), draws)
+        over, crowd, load = _anneal(
+            layer, seen, machine, content, loads, bias, (penalty, *prices), (hot, cold), draws
+        )
         last = chunk >= CHUNKS - 1
         if layer.rule == "cover" and (last or (seen is small and chunk >= BIASED)):
             true = seen.counts(_dealt(layer, content)).load[machine.level][: len(content)]
@@ -275,20 +292,21 @@ def _anneal(
     content: Ints,
     loads: Floats,
     bias: Floats,
-    penalty: float,
+    prices: tuple[float, float, Floats],
     heat: tuple[float, float],
     draws: Floats,
 ) -> tuple[float, float, Floats]:
     """One chunk of a run, on the tokens of `seen`: load above the caps of units and GPUs that is left, that of units.
 
-    `bias` is added to the load of units; `heat` are temperatures, in tokens of a mean expert.
+    `bias` is added to the load of units; `prices` are that of a token above a cap and those of variance; `heat` are
+    temperatures, in tokens of a mean expert.
     """
     from placer.search.copies import anneal_copies
     from placer.search.dispatch import RULES
 
     seen_load = float(seen.load.sum())
     share = seen_load / float(layer.load.sum())
-    uneven, alone = _prices_of_variance(layer, loads, len(content))
+    penalty, uneven, alone = prices
     _, over, crowd, load = anneal_copies(
         RULES["nearest" if layer.rule == "table" else layer.rule],
         content,

@@ -1226,3 +1226,17 @@ def test_parts_of_the_trace_even_out_the_load_of_unseen_sequences(
         remote.append(judged(layer, found)[0][1])
     assert variance[1] < 0.2 * variance[0]
     assert remote[1] > remote[0]
+
+
+@pytest.mark.parametrize("rule", [*RULES, "table"])
+def test_a_price_that_leaves_nothing_cheaper_is_lowered(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Topics of their own servers cost least; a very high price on joint variance tears them apart at first."""
+    monkeypatch.setattr(copies, "TOGETHER", 100.0)
+    layer = problem(topics(0, 40), "1x4x2", slots_per_gpu=3, max_load=1.3, replica_choice=rule).layer(0)
+    layer = replace(layer, copies=True)
+    start = single(layer)
+    least = judged(layer, start)[0]
+    clock, rng = Clock.start(rounds=5), np.random.default_rng(0)
+    found = [judged(layer, slots)[0] for slots in copies.finds(layer, start, rng=rng, clock=clock)]
+    assert found[0] >= least
+    assert min(found) < least
