@@ -26,6 +26,7 @@ from placer.rules import Rules
 from placer.tables import judged
 
 Slots = npt.NDArray[np.int32]
+Score = tuple[float, float, float]  # see `Layer.judge`
 
 SAMPLE = 3_000  # distinct expert sets that the hot part of a run sees
 CHUNKS, FINAL = 12, 3  # parts of a run, and those of them at its end that see all tokens
@@ -65,8 +66,10 @@ def suits(layer: Layer) -> bool:
     return useful and layer.activations is None and layer.rule in rules and 1 < units <= UNITS
 
 
-def finds(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock) -> Iterator[Slots]:
-    """Slots with copies in the spare ones, those of every run; they may break rules about GPUs.
+def finds(
+    layer: Layer, slots: Slots, least: Score, *, rng: np.random.Generator, clock: Clock
+) -> Iterator[tuple[Slots, tuple[Score, Slots | None]]]:
+    """Slots with copies in the spare ones, as `judged`, those of every run; they may break rules about GPUs.
 
     Parameters
     ----------
@@ -74,13 +77,15 @@ def finds(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock)
         One that `suits`, its caps those that copies can meet.
     slots : (num_slots,) int32
         Where runs begin: every expert once, and the rules kept.
+    least : tuple of float
+        What these are `judged`; runs that only even out load and find nothing better care less for it from then on.
     rng : numpy.random.Generator
     clock : Clock
         Asked between chunks; a run counts from where it has seen all tokens.
     """
     small = layer.sample(SAMPLE)
     machine = _Machine.of(layer)
-    runs, moves, risk, cheaper = 0, MOVES * layer.num_slots, 1.0, False
+    runs, moves, risk, better = 0, MOVES * layer.num_slots, 1.0, False
     while clock.allows(runs) and (clock.rounds is not None or runs < RUNS) and moves > MOVES:
         begun = time.monotonic()
         content = _annealed(layer, small, machine, machine.content(slots), risk, moves, rng, clock)
@@ -88,14 +93,14 @@ def finds(layer: Layer, slots: Slots, *, rng: np.random.Generator, clock: Clock)
             return
         runs += 1
         found = _on_gpus(layer, small, content, rng)
-        lighter = lightened(layer, found)
-        found = (
-            found if lighter is found else min((found, lighter), key=lambda slots: judged(layer, slots)[0])
-        )
-        yield found
-        if not cheaper:  # copies that only even out load are of no use beside a placement that keeps the caps
-            cheaper = judged(layer, found)[0] < judged(layer, slots)[0]
-            risk *= 1.0 if cheaper else BOLDER
+        judgement = judged(layer, found)
+        if judgement[0][0] > 0:
+            lighter = lightened(layer, found)
+            if (other := judged(layer, lighter))[0] < judgement[0]:
+                found, judgement = lighter, other
+        yield found, judgement
+        better |= judgement[0] < least
+        risk *= 1.0 if better else BOLDER
         longer = float(LONGER)
         if clock.rounds is None:  # else the same rounds are the same work
             longer = min(longer, FITTING * clock.remaining / max(1e-3, time.monotonic() - begun))

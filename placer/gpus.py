@@ -27,6 +27,7 @@ from placer.tables import fitted_table
 
 Slots = npt.NDArray[np.int32]
 
+EVEN = ("nearest", "spread")  # dispatch rules under which copies share load evenly
 SEEN = 25_000  # distinct expert sets that say what falls to each server, where that is not an even share
 TRIALS = 32  # that are judged for one step, when a GPU has to be relieved
 PARTS = 64  # of the trace, by sequence, at most
@@ -63,10 +64,8 @@ def _shares(layer: Layer, content: Ints) -> Floats:
     shares = np.zeros((servers, layer.num_experts))
     at = np.nonzero(content >= 0)
     expert = content[at]
-    if layer.rule not in ("table", "cover"):
-        shares[at[0], expert] = (1.0 / np.maximum(np.bincount(expert, minlength=layer.num_experts), 1))[
-            expert
-        ]
+    if layer.rule in EVEN:
+        shares[at[0], expert] = 1.0 / np.bincount(expert)[expert]
         return shares
     seen = layer.sample(SEEN)
     single = replace(
@@ -105,7 +104,7 @@ def lightened(layer: Layer, slots: Slots) -> Slots:
 def _unevenly_shared(layer: Layer, slots: Slots) -> Floats:
     """What the load of units, (num_levels, num_ranks), is beyond `Layer.expected_load`, tables fitted to the slots."""
     expected = layer.expected_load(slots)
-    if layer.rule not in ("table", "cover"):
+    if layer.rule in EVEN:
         return np.zeros_like(expected)
     table = fitted_table(layer, slots) if layer.rule == "table" else None
     return layer.counts(slots, table).load - expected
@@ -197,9 +196,7 @@ def _arranged(
     used = np.ones(ranks, bool) if rules is None else ~rules.shut.reshape(ranks, -1).all(axis=1)
     speed = layer.unit_speeds(0)
     mean = heat.sum() / np.count_nonzero(used)
-    limit = float(layer.caps[0]) * float(
-        speed[mine][used].mean() / speed.max()
-    )  # of a GPU as fast as the mean
+    limit = float(layer.caps[0] * speed[mine][used].mean() / speed.max())  # of a GPU as fast as their mean
     capped = bool(mean) and math.isfinite(limit)
     place = np.full(layer.num_experts + 1, -1, np.int32)  # the last one is for -1
     place[members] = np.arange(len(members))

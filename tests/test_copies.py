@@ -35,6 +35,7 @@ Floats = npt.NDArray[np.float64]
 Masks = tuple[npt.NDArray[np.uint64], Ints]
 
 SERVER = 1  # position of the level
+NEVER = (np.inf, np.inf, np.inf)  # a score that everything is better than
 
 
 def layer_of(topk: Ints, content: Ints, rule: str, *, gpus: int = 1, max_load: float | None = None) -> Layer:
@@ -823,7 +824,12 @@ def searched(layer: Layer, *, rounds: int = 2, seed: int = 0) -> npt.NDArray[np.
     layer = replace(layer, copies=True)
     found = [
         single(layer),
-        *copies.finds(layer, single(layer), rng=np.random.default_rng(seed), clock=clock),
+        *(
+            slots
+            for slots, _ in copies.finds(
+                layer, single(layer), NEVER, rng=np.random.default_rng(seed), clock=clock
+            )
+        ),
     ]
     assert len(found) == rounds + 1
     return min(found, key=lambda slots: judged(layer, slots)[0][:2])
@@ -927,7 +933,7 @@ def stopped() -> Clock:
 @pytest.mark.parametrize("clock", [Clock.start(seconds=0), Clock.start(rounds=0), stopped()])
 def test_an_expired_clock_leaves_the_start(clock: Clock) -> None:
     layer = tiny("nearest", 0)
-    assert list(copies.finds(layer, single(layer), rng=np.random.default_rng(0), clock=clock)) == []
+    assert list(copies.finds(layer, single(layer), NEVER, rng=np.random.default_rng(0), clock=clock)) == []
 
 
 @pytest.mark.parametrize("asked", [1, 5, 9])
@@ -937,7 +943,10 @@ def test_a_run_that_is_cut_short_before_all_tokens_does_not_count(
     answers = iter([False] * asked + [True] * 99)
     monkeypatch.setattr(Clock, "expired", property(lambda clock: next(answers)))
     layer = tiny("nearest", 0)
-    assert list(copies.finds(layer, single(layer), rng=np.random.default_rng(0), clock=Clock.start())) == []
+    assert (
+        list(copies.finds(layer, single(layer), NEVER, rng=np.random.default_rng(0), clock=Clock.start()))
+        == []
+    )
 
 
 def test_the_same_rng_gives_the_same_copies_and_another_may_not() -> None:
@@ -1218,7 +1227,7 @@ def test_parts_of_the_trace_even_out_the_load_of_unseen_sequences(
     for parts in (no_parts, part_loads):
         monkeypatch.setattr(copies, "part_loads", parts)
         clock = Clock.start(rounds=1)
-        (found,) = copies.finds(layer, single(layer), rng=np.random.default_rng(0), clock=clock)
+        ((found, _),) = copies.finds(layer, single(layer), NEVER, rng=np.random.default_rng(0), clock=clock)
         rows = found.reshape(4, -1).astype(np.int64)
         used = np.stack([np.bincount(x[x >= 0], minlength=16) for x in other.tokens.reshape(160, -1)], axis=1)
         loads = even_loads(rows, used.astype(float))
@@ -1237,6 +1246,8 @@ def test_a_price_that_leaves_nothing_cheaper_is_lowered(rule: str, monkeypatch: 
     start = single(layer)
     least = judged(layer, start)[0]
     clock, rng = Clock.start(rounds=5), np.random.default_rng(0)
-    found = [judged(layer, slots)[0] for slots in copies.finds(layer, start, rng=rng, clock=clock)]
+    made = list(copies.finds(layer, start, least, rng=rng, clock=clock))
+    found = [judgement[0] for _, judgement in made]
+    assert found == [judged(layer, slots)[0] for slots, _ in made]
     assert found[0] >= least
     assert min(found) < least

@@ -88,6 +88,14 @@ def drawn(seed: int, **options: object) -> tuple[Problem, Constraints, Shape] | 
         return None
 
 
+def layer_drawn(seed: int) -> Layer:
+    """The layer of a problem under rules that can be kept."""
+    found = drawn(seed)
+    assume(found is not None)
+    assert found is not None
+    return found[0].layer(0)
+
+
 def units_keep(rows: Sequence[Sequence[int]], rules: Constraints, shape: Shape) -> bool:
     """Whether pins, and experts kept apart in units or more, are as asked; rows are the experts of each unit."""
     ranks = shape[0] * shape[1] * shape[2] // len(rows)  # of a unit
@@ -200,10 +208,7 @@ def test_an_expert_may_be_taken_where_pins_and_partners_let_it(seed: int) -> Non
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**20))
 def test_an_expert_alone_keeps_the_rules_where_its_unit_and_seat_allow_it(seed: int) -> None:
-    found = drawn(seed)
-    assume(found is not None)
-    assert found is not None
-    layer = found[0].layer(0)
+    layer = layer_drawn(seed)
     machine = machine_of(layer)
     assert layer.rules is not None
     assert machine.limits is not None
@@ -217,13 +222,32 @@ def test_an_expert_alone_keeps_the_rules_where_its_unit_and_seat_allow_it(seed: 
     assert machine.room.sum() == (~machine.shut).sum()
 
 
+def test_slower_gpus_and_servers_begin_with_the_load_that_their_caps_lack() -> None:
+    made = problem(noisy_trace(layers=1), "1x2x2", slots_per_gpu=5, max_load=1.3)
+    speeds = (1.0, 2.0, 2.0, 3.0)
+    layer = replace(made, topology=replace(made.topology, gpu_speeds=speeds)).layer(0)
+    machine = machine_of(layer)
+    gpu, server = layer.caps[:2]
+    assert machine.gpu_idle == pytest.approx(gpu * np.array([[2 / 3, 1 / 3], [1 / 3, 0.0]]))
+    assert machine.idle == pytest.approx(server * np.array([2 / 5, 0.0]))
+
+
+def test_a_find_that_breaks_a_rule_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = Constraints(pin=(Pin(experts=(0,), level="gpu", unit=3),))
+    made = problem(noisy_trace(layers=1), "1x4x1", slots_per_gpu=5, constraints=rules)
+    free = solve(replace(made, constraints=None), budget=QUICK).placement.physical_to_logical[0]
+    layer = made.layer(0)
+    assert not layer.rules.keeps(free)
+    monkeypatch.setattr(copies, "finds", lambda *_, **__: iter([(free, ((0.0, 0.0, 1.0), None))]))
+    result = solve(made, budget=QUICK)
+    assert rules.check(result.placement) == []
+    assert any("no copies were found" in note for note in result.notes)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**20))
 def test_of_two_experts_one_may_be_taken_beside_the_other_where_some_slots_keep_the_rules(seed: int) -> None:
-    found = drawn(seed)
-    assume(found is not None)
-    assert found is not None
-    layer = found[0].layer(0)
+    layer = layer_drawn(seed)
     machine = machine_of(layer)
     assert layer.rules is not None
     each = layer.slots_per_rank
@@ -471,7 +495,9 @@ def test_finds_hold_every_expert_and_break_no_rule_but_seldom_those_of_gpus() ->
             continue
         assert layer.rules is not None
         start, clock = layer.slots(layer.rules.start), Clock.start(rounds=1)
-        for slots in copies.finds(layer, start, rng=np.random.default_rng(seed), clock=clock):
+        for slots, _ in copies.finds(
+            layer, start, judged(layer, start)[0], rng=np.random.default_rng(seed), clock=clock
+        ):
             width = machine_of(layer).width
             assert set(range(layer.num_experts)) == {*slots.tolist()} - {-1}
             for row in slots.reshape(layer.num_ranks, -1).tolist():

@@ -75,18 +75,17 @@ def _with_copies(layer: Layer, placed: Placed, rng: np.random.Generator, clock: 
     """The best of a placement without copies, ours and those of `eplb` and `linear`."""
     best, (value, table) = placed.slots, judged(layer, placed.slots)
     runs = 0
-    for found in copies.finds(layer, best, rng=rng, clock=clock) if copies.suits(layer) else ():
+    searched = copies.suits(layer)
+    for found, judgement in copies.finds(layer, best, value, rng=rng, clock=clock) if searched else ():
         runs += 1
-        if layer.rules is not None and not layer.rules.keeps(found):
-            continue
-        if (judgement := judged(layer, found))[0] < value:
+        if judgement[0] < value and (layer.rules is None or layer.rules.keeps(found)):
             best, (value, table) = found, judgement
     for other in _others(layer, best, value[0] > 0, rng, clock) if layer.rules is None else ():
         if (judgement := judged(layer, other))[0] < value:
             best, (value, table) = other, judgement
     kept = placed if best is placed.slots else Placed(slots=best)
     notes = placed.notes
-    if copies.suits(layer) and (runs == 0 or kept is placed):
+    if searched and (runs == 0 or kept is placed):
         notes = (*notes, NO_TIME if runs == 0 else NONE_FOUND)
     return replace(kept, table=table, rounds=placed.rounds + runs, notes=notes)
 
